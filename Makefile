@@ -1,0 +1,51 @@
+# Front door. `make demo` and `make test` work on a fresh machine with Python 3.11 and gcc: they set
+# up .venv themselves, once, with the exact versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LINT_DIR ?= .lint
+
+export HF_HUB_OFFLINE ?= 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
+export FLWR_DISABLE_UPDATE_CHECK ?= 1
+export FLWR_TELEMETRY_ENABLED ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+
+PACKAGES := adapters cli client configs estimator server strategies tasks rankfit
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(VENV)/.ready
+
+# torch first and exactly: a range would pull several GB of CUDA packages onto a CPU machine. On a
+# GPU machine install the torch build for its driver into .venv before, and it is kept.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/rankfit run quickstart run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: setup
+	$(BIN)/python -m pytest
+
+# mypy and import-linter read the installed wheel, in which all folders lie in one package.
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	rm -rf $(LINT_DIR)
+	$(BIN)/pip install -q --no-deps --target $(LINT_DIR) .
+	cd $(LINT_DIR) && PYTHONPATH=. $(abspath $(BIN))/lint-imports --config ../pyproject.toml
+	cd $(LINT_DIR) && $(abspath $(BIN))/mypy --config-file ../pyproject.toml -p rankfit
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	@ls benchmarks/*.py
+
+clean:
+	rm -rf $(VENV) $(LINT_DIR) build dist

@@ -1,0 +1,300 @@
+"""The typed settings of a run: one frozen model per table of the run config.
+
+A run config is flat for Flower (``train.batch-size = 32``) and nested here
+(``settings.train.batch_size``). :func:`from_flat` and :func:`to_flat` are exact inverses. Lists are
+comma-separated text because Flower's run config holds only str, int, float and bool.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Scalar = str | int | float | bool
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown or has a value that cannot be used."""
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Split comma-separated text; blanks around items and empty items are dropped."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def split_numbers(text: str, key: str) -> tuple[float, ...]:
+    """Split comma-separated numbers.
+
+    Raises
+    ------
+    ValueError
+        If an item is not a number.
+    """
+    try:
+        return tuple(float(item) for item in split_list(text))
+    except ValueError as error:
+        raise ValueError(f"{key}: expected comma-separated numbers, got {text!r}") from error
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Table(BaseModel):
+    """One table of the run config; frozen, unknown keys refused, keys in kebab-case."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True
+    )
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Run(Table):
+    """The run itself."""
+
+    name: str = "run"
+    #: Folder that holds ``<name>/``; relative to where the command is given.
+    directory: str = "runs"
+    seed: Count = 0
+    rounds: PositiveInt = 20
+    #: Continue from the checkpoint of an interrupted run of this name.
+    resume: bool = False
+
+
+class Task(Table):
+    """What is learnt."""
+
+    kind: Literal["image-classification", "text-classification"] = "image-classification"
+
+
+class Model(Table):
+    """The base model.
+
+    ``source`` is ``builtin:font-vit``, ``package:NAME/SUBFOLDER`` (inside an installed Python
+    package), ``config:FILE.json`` (random weights from a config), a local folder, or a hub id.
+    """
+
+    source: str = "builtin:font-vit"
+    revision: str = "main"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    trust_remote_code: bool = False
+
+
+class Data(Table):
+    """The data set: ``sklearn:digits``, a local file or folder, or a hub id."""
+
+    source: str = "sklearn:digits"
+    #: Hub configuration name ("" = default).
+    name: str = ""
+    #: Split name on the hub, or file pattern under ``source`` when it is a local folder.
+    train: str = "train"
+    test: str = "test"
+    #: "" = the task's default (image: ``image`` or ``img``; text: ``text``).
+    input_column: str = ""
+    label_column: str = "label"
+    #: Keep only the first N classes (0 = all).
+    classes: Count = 0
+    #: Share held out for evaluation when there is no test split.
+    test_fraction: Fraction = 0.25
+    #: Tokens per text.
+    max_length: PositiveInt = 128
+
+
+class Partition(Table):
+    """How one data set is dealt to simulated clients; ``local`` = each node's own files."""
+
+    kind: Literal["iid", "dirichlet", "pathological", "local"] = "iid"
+    alpha: PositiveFloat = 0.3
+    classes_per_client: PositiveInt = 2
+    min_samples: Count = 10
+
+
+class Lora(Table):
+    """The global adapter; one scale, alpha / rank or alpha / sqrt(rank), for all clients."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 16.0
+    scaling: Literal["classic", "rslora"] = "classic"
+    #: Comma-separated module names, ``all-linear``, or ``default`` (PEFT's for the architecture).
+    targets: str = "default"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of B·A, the same for every client whatever its rank."""
+        return self.alpha / (self.rank if self.scaling == "classic" else self.rank**0.5)
+
+
+class Head(Table):
+    """The classification head: trained and averaged beside the adapters, or frozen as it starts."""
+
+    mode: Literal["trained", "frozen"] = "trained"
+
+
+class Train(Table):
+    """Local training of one client in one round."""
+
+    batch_size: PositiveInt = 32
+    epochs: PositiveInt = 1
+    #: Optimizer steps per round (0 = whole epochs).
+    steps: Count = 0
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    gradient_checkpointing: bool = False
+    #: Intra-op CPU threads per client process.
+    threads: PositiveInt = 1
+
+
+class Method(Table):
+    """The federated method, by its name in the catalogue."""
+
+    name: str = "rankfit"
+    #: Give low-rank clients the part of the adapter that they cannot train as a frozen second
+    #: adapter (costs rank R of download).
+    tail: bool = False
+
+
+class Plan(Table):
+    """What the plan search may change, and the limits it keeps."""
+
+    #: Comma-separated, in this order: ``micro-batch``, ``checkpointing``; "" = rank alone.
+    search: str = "micro-batch,checkpointing"
+    min_rank: PositiveInt = 1
+    #: Seconds allowed for one upload / download (0 = unlimited).
+    upload_seconds: NonNegative = 0.0
+    download_seconds: NonNegative = 0.0
+    #: Bytes kept free beside the estimate.
+    margin_mib: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _known_steps(self) -> Self:
+        for step in split_list(self.search):
+            if step not in ("micro-batch", "checkpointing"):
+                raise ValueError(
+                    f"plan.search: unknown step {step!r}; expected micro-batch or checkpointing"
+                )
+        return self
+
+
+class Fleet(Table):
+    """Declared profiles of simulated devices, dealt in turn to the partitions ("" = measured)."""
+
+    memory_mib: str = ""
+    upload_mbps: str = ""
+    download_mbps: str = ""
+
+    @model_validator(mode="after")
+    def _numbers(self) -> Self:
+        for key in ("memory_mib", "upload_mbps", "download_mbps"):
+            if any(
+                value <= 0 for value in split_numbers(getattr(self, key), f"fleet.{_kebab(key)}")
+            ):
+                raise ValueError(f"fleet.{_kebab(key)}: every figure must be above 0")
+        return self
+
+
+class Wire(Table):
+    """Number type of adapters on the wire."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+class Server(Table):
+    """The coordinator."""
+
+    clients_per_round: PositiveInt = 6
+    #: A round starts only when at least this many clients are there …
+    min_clients: PositiveInt = 1
+    #: … within this time.
+    wait_seconds: PositiveFloat = 120.0
+    round_timeout_seconds: PositiveFloat = 3600.0
+    #: Where the global adapter is evaluated.
+    evaluate: Literal["server", "clients", "none"] = "server"
+    evaluate_every: PositiveInt = 1
+    evaluate_batch_size: PositiveInt = 256
+    #: Refuse an update whose change is longer than this (Frobenius norm; 0 = no limit).
+    max_update_norm: NonNegative = 0.0
+
+
+class Simulation(Table):
+    """Size of a simulation; not read in a deployment."""
+
+    clients: PositiveInt = 12
+    cpus_per_client: PositiveFloat = 1.0
+    gpus_per_client: NonNegative = 0.0
+
+
+class RunSettings(Table):
+    """All settings of a run."""
+
+    run: Run = Run()
+    task: Task = Task()
+    model: Model = Model()
+    data: Data = Data()
+    partition: Partition = Partition()
+    lora: Lora = Lora()
+    head: Head = Head()
+    train: Train = Train()
+    method: Method = Method()
+    plan: Plan = Plan()
+    fleet: Fleet = Fleet()
+    wire: Wire = Wire()
+    server: Server = Server()
+    simulation: Simulation = Simulation()
+
+
+def known_keys() -> dict[str, Scalar]:
+    """Every key of the run config with its default."""
+    return to_flat(RunSettings())
+
+
+def to_flat(settings: RunSettings) -> dict[str, Scalar]:
+    """Flatten settings to Flower's dotted keys, in the order of the tables."""
+    nested = settings.model_dump(by_alias=True)
+    return {
+        f"{table}.{key}": value for table, keys in nested.items() for key, value in keys.items()
+    }
+
+
+def from_flat(flat: Mapping[str, Scalar]) -> RunSettings:
+    """Build settings from dotted keys; keys that are absent take their defaults.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key (with the nearest known one) or a value that cannot be used.
+    """
+    known = known_keys()
+    nested: dict[str, dict[str, Scalar]] = {}
+    for key, value in flat.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; see docs/settings.md"
+            raise ConfigError(f"unknown setting {key!r}{hint}")
+        table, _, name = key.partition(".")
+        nested.setdefault(table, {})[name] = value
+    try:
+        return RunSettings.model_validate(nested)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per bad value: the key, the value and what was expected."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+        lines.append(f"{key}: {message}{shown}")
+    return "; ".join(lines)

@@ -1,0 +1,81 @@
+"""The plan: what one client does in one round. Free of torch and of Flower."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Moves = Literal["both", "a", "b"]
+Binding = Literal["memory", "upload", "download", "cap", "method"]
+Value = str | int | float | bool | list[str] | list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one client trains, how, and what it is expected to take.
+
+    Attributes
+    ----------
+    ranks : Mapping[str, int]
+        Trained rank of each adapted module (names as in the base model).
+    moves : {"both", "a", "b"}
+        Which factors are trained and returned this round.
+    micro_batch, accumulation : int
+        Samples per forward pass, and passes per optimizer step.
+    checkpointing : bool
+        Gradient checkpointing.
+    peak_bytes : int
+        Expected peak of device memory of the training process, context included.
+    budget_bytes : int
+        What the device has for it.
+    binding : str
+        The constraint that kept the rank from being larger.
+    tail_rank : int
+        Total rank of the frozen second adapter plus the trained one (0 = no tail).
+    """
+
+    ranks: Mapping[str, int]
+    moves: Moves
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    peak_bytes: int
+    budget_bytes: int
+    binding: Binding
+    tail_rank: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of any module, the figure shown in tables."""
+        return max(self.ranks.values(), default=0)
+
+    def to_dict(self) -> dict[str, Value]:
+        """Flat record with kebab-case keys, as it travels in the message."""
+        return {
+            "modules": list(self.ranks),
+            "ranks": list(self.ranks.values()),
+            "moves": self.moves,
+            "micro-batch": self.micro_batch,
+            "accumulation": self.accumulation,
+            "checkpointing": self.checkpointing,
+            "peak-bytes": self.peak_bytes,
+            "budget-bytes": self.budget_bytes,
+            "binding": self.binding,
+            "tail-rank": self.tail_rank,
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, object]) -> "Plan":
+        """Inverse of :meth:`to_dict`; raises ``KeyError`` for a missing field."""
+        modules, ranks = record["modules"], record["ranks"]
+        assert isinstance(modules, Sequence) and isinstance(ranks, Sequence)
+        return cls(
+            ranks=dict(zip(modules, ranks, strict=True)),
+            moves=record["moves"],  # type: ignore[arg-type]
+            micro_batch=record["micro-batch"],  # type: ignore[arg-type]
+            accumulation=record["accumulation"],  # type: ignore[arg-type]
+            checkpointing=bool(record["checkpointing"]),
+            peak_bytes=record["peak-bytes"],  # type: ignore[arg-type]
+            budget_bytes=record["budget-bytes"],  # type: ignore[arg-type]
+            binding=record["binding"],  # type: ignore[arg-type]
+            tail_rank=record["tail-rank"],  # type: ignore[arg-type]
+        )
