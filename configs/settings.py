@@ -100,6 +100,9 @@ class Data(Table):
     #: "" = the task's default (image: ``image`` or ``img``; text: ``text``).
     input_column: str = ""
     label_column: str = "label"
+    #: Comma-separated names of the classes in the order of their ids ("" = as found in the data).
+    #: Nodes that hold files of their own need it unless the files name the classes (ClassLabel).
+    class_names: str = ""
     #: Keep only the first N classes (0 = all).
     classes: Count = 0
     #: Share held out for evaluation when there is no test split.

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Moves = Literal["both", "a", "b"]
+from rankfit.adapters.names import Moves
+
 Binding = Literal["memory", "upload", "download", "cap", "method"]
 Value = str | int | float | bool | list[str] | list[int]
 

@@ -1,0 +1,250 @@
+"""Merging updates of different ranks into the global adapter, one by one.
+
+A merge is created from the global adapter of the round, is given each update as it arrives, and
+yields the next global adapter. Weights are numbers of samples; they are normalised at the end, so
+an update may arrive or fail without the others knowing. Head tensors are averaged, whatever the
+method does with the factors.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankfit.adapters.product import ProductSum, refactor
+from rankfit.adapters.state import Adapter, Factors
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client trained.
+
+    Attributes
+    ----------
+    given : Adapter
+        What the client was given to start from (its trainable part).
+    trained : Adapter
+        The same shapes after training; factors that did not move are as given.
+    weight : float
+        Number of samples.
+    """
+
+    given: Adapter
+    trained: Adapter
+    weight: float
+
+
+class Merge(ABC):
+    """Folds updates into a global adapter.
+
+    Parameters
+    ----------
+    reference : Adapter
+        The global adapter of this round.
+    seed : int
+        For directions that must be drawn anew.
+    """
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        self.reference = reference
+        self.seed = seed
+        self.total = 0.0
+        self._head = {name: torch.zeros_like(t) for name, t in reference.head.items()}
+
+    def add(self, update: Update) -> None:
+        """Fold one update in.
+
+        Raises
+        ------
+        ValueError
+            If the weight is not positive, or a shape does not fit the global adapter.
+        """
+        if not update.weight > 0:
+            raise ValueError(f"an update of weight {update.weight} cannot be merged")
+        if set(update.trained.head) != set(self._head):
+            raise ValueError(
+                f"head tensors {sorted(update.trained.head)} do not match {sorted(self._head)}"
+            )
+        for name, tensor in update.trained.head.items():
+            if tensor.shape != self._head[name].shape:
+                raise ValueError(f"head tensor {name!r} is {tuple(tensor.shape)}")
+        for module, factors in update.trained.factors.items():
+            _check_fits(module, factors, self.reference)
+        self._add_factors(update)
+        for name, tensor in update.trained.head.items():
+            self._head[name].add_(tensor, alpha=update.weight)
+        self.total += update.weight
+
+    def finish(self) -> Adapter:
+        """Return the next global adapter, or the reference itself if nothing was added."""
+        if self.total == 0:
+            return self.reference
+        head = {name: tensor / self.total for name, tensor in self._head.items()}
+        factors = {module: self._finish_module(module) for module in self.reference.factors}
+        return Adapter(factors, self.reference.scale, head)
+
+    @abstractmethod
+    def _add_factors(self, update: Update) -> None:
+        """Fold the factors of a checked update in."""
+
+    @abstractmethod
+    def _finish_module(self, module: str) -> Factors:
+        """Give the next global factors of one module."""
+
+    def _generator(self, module: str) -> torch.Generator:
+        index = sorted(self.reference.factors).index(module)
+        return torch.Generator().manual_seed((self.seed << 20) + index)
+
+
+def _check_fits(module: str, factors: Factors, reference: Adapter) -> None:
+    """Refuse factors that are not a sub-adapter of the global one."""
+    if module not in reference.factors:
+        raise ValueError(f"module {module!r} is not part of the global adapter")
+    own = reference.factors[module]
+    shape = (factors.b.shape[0], factors.a.shape[1])
+    if shape != (own.b.shape[0], own.a.shape[1]) or factors.rank > own.rank:
+        raise ValueError(
+            f"module {module!r}: product {shape} of rank {factors.rank} does not fit "
+            f"{(own.b.shape[0], own.a.shape[1])} of rank {own.rank}"
+        )
+
+
+class AverageFactors(Merge):
+    """FedIT: Σ w·A and Σ w·B, at one rank for all. Not the mean of the products.
+
+    Directions beyond that rank keep the global factors.
+    """
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._sums: dict[str, Factors] = {}
+
+    def _add_factors(self, update: Update) -> None:
+        if not self._sums:
+            self._sums = _zeros_like(update.trained)
+        expected = {module: own.rank for module, own in self._sums.items()}
+        if update.trained.ranks != expected:
+            raise ValueError(
+                f"plain averaging needs one rank of all clients, {expected}, got "
+                f"{update.trained.ranks}; choose a method for mixed ranks"
+            )
+        for module, factors in update.trained.factors.items():
+            self._sums[module].b.add_(factors.b, alpha=update.weight)
+            self._sums[module].a.add_(factors.a, alpha=update.weight)
+
+    def _finish_module(self, module: str) -> Factors:
+        own = self.reference.factors[module]
+        if module not in self._sums:
+            return own
+        total = self._sums[module]
+        b = torch.cat([total.b / self.total, own.b[:, total.rank :]], 1)
+        a = torch.cat([total.a / self.total, own.a[total.rank :]], 0)
+        return Factors(b, a)
+
+
+class ZeroPadded(Merge):
+    """HetLoRA: zero-padded factors, weighted per module by ‖B·A‖_F (arXiv:2401.06432)."""
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._sums = _zeros_like(reference)
+        self._norms = dict.fromkeys(reference.factors, 0.0)
+
+    def _add_factors(self, update: Update) -> None:
+        for module, factors in update.trained.factors.items():
+            norm = float(product_norm(factors))
+            self._norms[module] += norm
+            total = self._sums[module]
+            total.b[:, : factors.rank].add_(factors.b, alpha=norm)
+            total.a[: factors.rank].add_(factors.a, alpha=norm)
+
+    def _finish_module(self, module: str) -> Factors:
+        if self._norms[module] == 0:
+            return self.reference.factors[module]
+        total = self._sums[module]
+        return Factors(total.b / self._norms[module], total.a / self._norms[module])
+
+
+class MeanProduct(Merge):
+    """FlexLoRA: the weighted mean of the products, exactly, then its best rank-R approximation.
+
+    Source: arXiv:2402.11505. Low-rank clients vote zero for every direction that they lack.
+    """
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._sums = _product_sums(reference)
+
+    def _add_factors(self, update: Update) -> None:
+        for module, factors in update.trained.factors.items():
+            self._sums[module].add(factors, update.weight * update.trained.scale)
+
+    def _finish_module(self, module: str) -> Factors:
+        own = self.reference.factors[module]
+        spectrum = self._sums[module].spectrum()
+        values = spectrum.values / (self.total * self.reference.scale)
+        scaled = type(spectrum)(spectrum.u, values, spectrum.vt)
+        return refactor(scaled, own.rank, self._generator(module))
+
+
+class MeanChange(MeanProduct):
+    """RankFit: ΔW + Σ w·s·(B·A − B⁰·A⁰), exactly, then its best rank-R approximation.
+
+    B⁰·A⁰ is what the client was given. Only what clients changed is merged, so a direction that a
+    low-rank client was never given stays as it is instead of being pulled to zero.
+    """
+
+    def _add_factors(self, update: Update) -> None:
+        super()._add_factors(update)
+        for module, factors in update.given.factors.items():
+            self._sums[module].add(factors, -update.weight * update.given.scale)
+
+    def finish(self) -> Adapter:
+        """Return the next global adapter: the reference plus the mean change."""
+        for module, factors in self.reference.factors.items():
+            if self.total > 0:
+                self._sums[module].add(factors, self.total * self.reference.scale)
+        return super().finish()
+
+
+class PaddedChange(Merge):
+    """One factor moves: its change is padded and averaged, exact at mixed ranks without an SVD.
+
+    With A the same for all, Σ w·(B − B⁰)·A[:r] is the padded mean change of B times A (and the same
+    with the letters exchanged). The factor that did not move must be as given.
+    """
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._sums = _zeros_like(reference)
+
+    def _add_factors(self, update: Update) -> None:
+        for module, factors in update.trained.factors.items():
+            given, total = update.given.factors[module], self._sums[module]
+            total.b[:, : factors.rank].add_(factors.b - given.b, alpha=update.weight)
+            total.a[: factors.rank].add_(factors.a - given.a, alpha=update.weight)
+
+    def _finish_module(self, module: str) -> Factors:
+        own, total = self.reference.factors[module], self._sums[module]
+        return Factors(own.b + total.b / self.total, own.a + total.a / self.total)
+
+
+def product_norm(factors: Factors) -> Tensor:
+    """‖B·A‖_F without building the product: √ tr((BᵀB)(AAᵀ))."""
+    b, a = factors.b.double(), factors.a.double()
+    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+
+
+def _zeros_like(adapter: Adapter) -> dict[str, Factors]:
+    return {
+        module: Factors(torch.zeros_like(own.b), torch.zeros_like(own.a))
+        for module, own in adapter.factors.items()
+    }
+
+
+def _product_sums(adapter: Adapter) -> dict[str, ProductSum]:
+    return {
+        module: ProductSum(own.b.shape[0], own.a.shape[1])
+        for module, own in adapter.factors.items()
+    }

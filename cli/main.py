@@ -1,0 +1,96 @@
+"""The ``rankfit`` command."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rankfit import __version__
+from rankfit.cli import api
+from rankfit.cli.flower import FlowerError
+from rankfit.configs.compose import preset_names
+from rankfit.configs.settings import ConfigError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Federated LoRA fine-tuning across machines whose GPUs differ.",
+)
+_errors = Console(stderr=True)
+
+Parts = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PRESET… [KEY=VALUE…]",
+        help="Presets (names, or paths of .toml files) and settings, later ones winning.",
+    ),
+]
+SuperLink = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of a SuperLink connection in Flower's config (default: simulate here)."
+    ),
+]
+
+
+@app.command()
+def run(parts: Parts, superlink: SuperLink = None) -> None:
+    """Run a federated fine-tune through Flower; exits non-zero when the run failed."""
+    path = api.run(*parts, superlink=superlink)
+    _errors.print(f"Run directory: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE…]", help="For example run.rounds=300.")
+    ] = None,
+    superlink: SuperLink = None,
+) -> None:
+    """Continue an interrupted run from its last checkpoint."""
+    path = api.resume(directory, *(overrides or []), superlink=superlink)
+    _errors.print(f"Run directory: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def presets() -> None:
+    """List the presets that come with RankFit."""
+    for name in preset_names():
+        typer.echo(name)
+
+
+@app.command()
+def methods() -> None:
+    """List the catalogue of methods."""
+    from rankfit.strategies.catalogue import methods as catalogue
+
+    table = Table("method", "what it does", "source")
+    for name, method in sorted(catalogue().items()):
+        table.add_row(name, method.summary, method.source)
+    Console().print(table)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line, without a traceback."""
+    logging.basicConfig(level=os.environ.get("RANKFIT_LOG", "WARNING"))
+    try:
+        app()
+    except (ConfigError, FlowerError) as error:
+        _errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    main()

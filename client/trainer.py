@@ -1,0 +1,309 @@
+"""Local training of one client in one round, at the true ranks of its plan.
+
+Runs without Flower. Out of memory is not an error here: the trainer frees what it holds, halves the
+micro-batch, then the rank, and trains again; the update says what it fell back to.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rankfit.adapters.state import Adapter
+from rankfit.client.workspace import Workspace
+from rankfit.configs.seeds import derive
+from rankfit.configs.settings import RunSettings
+from rankfit.estimator.live import LiveMemory
+from rankfit.estimator.plan import Plan
+from rankfit.tasks.adapted import chunks, load_adapter, predict, read_state, train_only
+from rankfit.tasks.inject import TAIL
+from rankfit.tasks.models import eject, inject
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's work in one round.
+
+    Attributes
+    ----------
+    client : str
+        Name, from which the client's random numbers derive.
+    round : int
+        Number of the round, from 1.
+    plan : Plan
+        What to train and how.
+    adapter : Adapter
+        As received: at the plan's ranks, or whole when the plan has a tail.
+    samples : NDArray
+        Indices into the training split.
+    cap_bytes : int or None
+        Memory that the process must not exceed: a declared budget is enforced (None = none is).
+    """
+
+    client: str
+    round: int
+    plan: Plan
+    adapter: Adapter
+    samples: NDArray[np.int64]
+    cap_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The update: the tensors that moved under PEFT's names, and what was measured."""
+
+    state: Mapping[str, Tensor]
+    metrics: Mapping[str, int | float]
+
+
+def train(workspace: Workspace, job: Job) -> Trained:
+    """Train one job; fall back to a smaller one as often as memory runs out.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If not even micro-batch 1 at rank 1 fits.
+    """
+    if not len(job.samples):
+        raise ValueError(f"client {job.client!r} has no training samples")
+    began = time.monotonic()
+    plan, failures = job.plan, 0
+    while True:
+        try:
+            state, metrics = _attempt(workspace, job, plan)
+            break
+        except torch.OutOfMemoryError as error:
+            smaller = fall_back(plan)
+            if smaller is None:
+                raise
+            log.warning("client %s: %s; trying again smaller", job.client, error)
+            plan, failures = smaller, failures + 1
+        # The failed attempt's tensors hang on its traceback, which ends with the except clause.
+        _free()
+    metrics["train-seconds"] = time.monotonic() - began
+    if failures:
+        metrics |= {"out-of-memory": failures, "micro-batch": plan.micro_batch}
+        if plan.rank < job.plan.rank:
+            metrics["rank-cap"] = plan.rank
+    return Trained(state, metrics)
+
+
+def fall_back(plan: Plan) -> Plan | None:
+    """Return the next smaller plan: half the micro-batch, then half the rank; None after rank 1."""
+    if plan.micro_batch > 1:
+        half = (plan.micro_batch + 1) // 2
+        batch = plan.micro_batch * plan.accumulation
+        return replace(plan, micro_batch=half, accumulation=-(-batch // half))
+    if plan.rank > 1:
+        cap = plan.rank // 2
+        return replace(plan, ranks={m: min(rank, cap) for m, rank in plan.ranks.items()})
+    return None
+
+
+def evaluate(
+    workspace: Workspace, adapter: Adapter, samples: NDArray[np.int64]
+) -> dict[str, float]:
+    """Metrics of an adapter on samples of the client's own data."""
+    settings = workspace.settings
+    model = inject(
+        workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=workspace.heads
+    )
+    try:
+        load_adapter(model, adapter)
+        size = settings.server.evaluate_batch_size
+        batches = (workspace.task.collate("train", part) for part in chunks(samples.tolist(), size))
+        logits, labels = predict(model, batches, workspace.device)
+        return workspace.task.metrics(logits, labels)
+    finally:
+        eject(model)
+
+
+def _attempt(
+    workspace: Workspace, job: Job, plan: Plan
+) -> tuple[dict[str, Tensor], dict[str, int | float]]:
+    """Train once at a plan, and leave the base as it was, whatever happens."""
+    settings = workspace.settings
+    given = job.adapter.cut(plan.ranks)
+    tail = job.adapter.rest(plan.ranks) if plan.tail_rank else None
+    torch.manual_seed(derive(settings.run.seed, "train", job.round, job.client))
+    model = inject(
+        workspace.base,
+        plan.ranks,
+        scale=given.scale,
+        dropout=settings.lora.dropout,
+        heads=workspace.heads,
+        tail_ranks=tail.ranks if tail else None,
+    ).to(workspace.device)
+    try:
+        load_adapter(model, given)
+        if tail and tail.factors:
+            load_adapter(model, tail, TAIL)
+        if plan.moves != "both":
+            train_only(model, plan.moves)
+        with _checkpointing(workspace.base, plan.checkpointing):
+            metrics = _fit(workspace, job, plan, model)
+        wanted = set(given.moving(plan.moves))
+        state = {n: t.detach().cpu().clone() for n, t in read_state(model).items() if n in wanted}
+        return state, metrics
+    finally:
+        eject(model)
+        workspace.base.eval()
+
+
+def _fit(workspace: Workspace, job: Job, plan: Plan, model: PeftModel) -> dict[str, int | float]:
+    """Run the optimizer steps of one round; the gradient of a step is the mean over its batch."""
+    settings = workspace.settings
+    accelerator = Accelerator(cpu=workspace.device.type == "cpu")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(model, make_optimizer(settings, trained))
+    model.train()
+    meter = _meter(workspace.device, job.cap_bytes, model, optimizer)
+    loss_sum, seen, steps = 0.0, 0, 0
+    for batch in _batches(settings, job):
+        with meter.step(len(batch), plan.micro_batch):
+            for part in chunks(batch, plan.micro_batch):
+                inputs = workspace.task.collate("train", part)
+                inputs = {name: t.to(workspace.device) for name, t in inputs.items()}
+                meter.see(inputs)
+                loss = model(**inputs).loss
+                accelerator.backward(loss * (len(part) / len(batch)))
+                loss_sum += float(loss.detach()) * len(part)
+                del loss, inputs
+            if settings.train.max_grad_norm:
+                accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seen, steps = seen + len(batch), steps + 1
+    return {
+        "num-examples": len(job.samples),
+        "train-loss": loss_sum / seen,
+        "steps": steps,
+        "peak-memory-bytes": meter.peak(),
+    }
+
+
+def make_optimizer(settings: RunSettings, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimizer of the run over the trained parameters."""
+    rate, decay = settings.train.learning_rate, settings.train.weight_decay
+    if settings.train.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
+    return torch.optim.SGD(trained, lr=rate, weight_decay=decay)
+
+
+def _batches(settings: RunSettings, job: Job) -> Iterator[list[int]]:
+    """Shuffled batches of indices: whole epochs, or as many as the run's steps ask for."""
+    draw = np.random.default_rng(derive(settings.run.seed, "order", job.round, job.client))
+    left = settings.train.steps
+    epochs = settings.train.epochs
+    while epochs > 0 or left > 0:
+        for batch in chunks(draw.permutation(job.samples).tolist(), settings.train.batch_size):
+            yield list(batch)
+            left -= 1
+            if settings.train.steps and left == 0:
+                return
+        epochs = 0 if settings.train.steps else epochs - 1
+
+
+class _CudaMeter:
+    """Peak of the caching allocator, under a cap that it enforces."""
+
+    def __init__(self, device: torch.device, cap_bytes: int | None) -> None:
+        self._device = device
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = min(1.0, cap_bytes / total) if cap_bytes else 1.0
+        torch.cuda.set_per_process_memory_fraction(share, device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    @contextmanager
+    def step(self, samples: int, micro_batch: int) -> Iterator[None]:
+        """Do nothing: the allocator counts all the time."""
+        yield
+
+    def see(self, inputs: Mapping[str, Tensor]) -> None:
+        """Do nothing: see :meth:`step`."""
+
+    def peak(self) -> int:
+        return int(torch.cuda.max_memory_allocated(self._device))
+
+
+class _LiveMeter:
+    """Peak of live CPU tensors, under a cap that it enforces.
+
+    Following every operator costs time, so only the first two steps (the second one finds the
+    optimizer's state in place) and those with a larger input than before are followed.
+    """
+
+    def __init__(
+        self, cap_bytes: int | None, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._cap, self._model, self._optimizer = cap_bytes, model, optimizer
+        self._steps = 0
+        self._largest = 0
+        self._peak = 0
+        self._live: LiveMemory | None = None
+
+    @contextmanager
+    def step(self, samples: int, micro_batch: int) -> Iterator[None]:
+        """Follow one optimizer step, if it can hold the peak."""
+        self._steps += 1
+        if self._steps > 2:
+            yield
+            return
+        with LiveMemory(cap_bytes=self._cap).baseline(self._model) as live:
+            for state in self._optimizer.state.values():
+                live.count(value for value in state.values() if isinstance(value, Tensor))
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+                self._peak = max(self._peak, live.peak)
+
+    def see(self, inputs: Mapping[str, Tensor]) -> None:
+        """Count a batch that exists before the step that uses it."""
+        if self._live is not None:
+            self._live.count(inputs.values())
+
+    def peak(self) -> int:
+        return self._peak
+
+
+def _meter(
+    device: torch.device,
+    cap_bytes: int | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> "_CudaMeter | _LiveMeter":
+    if device.type == "cuda":
+        return _CudaMeter(device, cap_bytes)
+    return _LiveMeter(cap_bytes, model, optimizer)
+
+
+@contextmanager
+def _checkpointing(base: nn.Module, wanted: bool) -> Iterator[None]:
+    """Recompute activations in the backward pass while the block lasts."""
+    if not wanted:
+        yield
+        return
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        base.gradient_checkpointing_disable()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,105 @@
+"""What a client process keeps between messages: the task, its partitions and the frozen base.
+
+A simulation serves many clients from one process, and all of them share it; an adapter is put into
+the base for one training and taken out again, and nothing of one client is left for the next.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from rankfit.configs.settings import RunSettings
+from rankfit.tasks.catalogue import load_task
+from rankfit.tasks.models import fingerprint, head_modules, load_base
+from rankfit.tasks.partition import partition
+from rankfit.tasks.task import Task
+
+
+class WrongBase(RuntimeError):
+    """The base model of this client is not the one that the server plans for."""
+
+
+@dataclass
+class Workspace:
+    """Task, base model and device of one process.
+
+    Parameters
+    ----------
+    settings : RunSettings
+        The run.
+    data_path : str or None
+        The node's own data folder, where it has one.
+    """
+
+    settings: RunSettings
+    data_path: str | None
+    _partitions: dict[int, list[NDArray[np.int64]]] = field(default_factory=dict)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task, its data encoded."""
+        return load_task(self.settings, data_path=self.data_path)
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The frozen base model on the training device."""
+        return load_base(self.settings, self.task.labels).to(self.device)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The first visible GPU, or the CPU."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """Modules that are trained whole."""
+        return head_modules(self.base) if self.settings.head.mode == "trained" else ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the base model."""
+        return fingerprint(self.base, heads=self.heads)
+
+    def check_base(self, expected: str) -> None:
+        """Refuse to train on another base than the server's.
+
+        Raises
+        ------
+        WrongBase
+            If the fingerprints differ.
+        """
+        if self.fingerprint != expected:
+            raise WrongBase(
+                f"the base model {self.settings.model.source!r} of this client (fingerprint "
+                f"{self.fingerprint[:12]}) is not the server's ({expected[:12]}): install the same "
+                "weights, and the same versions of transformers, on both"
+            )
+
+    def samples(self, partition_id: int | None, partitions: int) -> NDArray[np.int64]:
+        """Indices into the training split that belong to this client.
+
+        Parameters
+        ----------
+        partition_id : int or None
+            Position among the clients that share the data set; None = the node owns all of it.
+        partitions : int
+            Number of those clients.
+        """
+        if partition_id is None or self.settings.partition.kind == "local":
+            return np.arange(self.task.size("train"))
+        if partitions not in self._partitions:
+            self._partitions[partitions] = partition(
+                self.task.train_labels, self.settings, partitions
+            )
+        return self._partitions[partitions][partition_id]
+
+
+@lru_cache(maxsize=1)
+def workspace(settings: RunSettings, data_path: str | None) -> Workspace:
+    """Return the workspace of this process for a run; another run replaces it."""
+    torch.set_num_threads(settings.train.threads)
+    return Workspace(settings, data_path)

@@ -1,0 +1,209 @@
+"""The run loop over Flower's Grid: rounds, evaluation, checkpoints, and going on after a stop."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flwr.serverapp import Grid
+from torch.utils.tensorboard import SummaryWriter
+
+from rankfit.adapters.state import Adapter, initial
+from rankfit.configs.seeds import derive
+from rankfit.configs.settings import RunSettings
+from rankfit.server import tables
+from rankfit.server.evaluation import Evaluator
+from rankfit.server.logs import console
+from rankfit.server.report import write_report
+from rankfit.server.rundir import Checkpoint, RunDirectory
+from rankfit.strategies import messages
+from rankfit.strategies.catalogue import find
+from rankfit.strategies.fleet import exchange
+from rankfit.strategies.heterogeneous_lora import (
+    HeterogeneousLora,
+    Outcome,
+    summarise,
+    weighted_mean,
+)
+from rankfit.strategies.planning import Planner
+from rankfit.tasks.adapted import head_tensors, target_shapes
+from rankfit.tasks.catalogue import load_task
+from rankfit.tasks.models import fingerprint, head_modules, load_base, target_modules
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All parts of a run, ready to start."""
+
+    settings: RunSettings
+    directory: RunDirectory
+    strategy: HeterogeneousLora
+    evaluator: Evaluator
+    start: Adapter
+    heads: tuple[str, ...]
+
+
+def federate(grid: Grid, settings: RunSettings) -> Adapter:
+    """Run all rounds that are not yet done; return the last global adapter.
+
+    Raises
+    ------
+    ConfigError, ModelError, DataError
+        For settings, a model or data that cannot be used; before any training.
+    FleetError
+        If too few clients that can train are there in time.
+    """
+    federation = build(settings)
+    directory, strategy = federation.directory, federation.strategy
+    checkpoint = directory.load()
+    if checkpoint is None:
+        strategy.summary()
+        checkpoint = _round_zero(federation)
+    else:
+        strategy.planner.restore(checkpoint.strategy)
+        log.info("resuming %s after round %d", directory.path, checkpoint.round)
+    adapter = checkpoint.adapter
+    shown: dict[str, Any] = {}
+    with SummaryWriter(directory.path / "events", purge_step=checkpoint.round + 1) as events:
+        for number in range(checkpoint.round + 1, settings.run.rounds + 1):
+            adapter, line = play_round(federation, grid, adapter, number)
+            _record(federation, events, adapter, line)
+            if strategy.plans != shown:
+                shown = dict(strategy.plans)
+                console().print(tables.plans(strategy))
+            log.info("%s", tables.round_line(line, settings.run.rounds))
+    rounds = directory.rounds()
+    write_report(directory.path, settings, rounds)
+    console().print(tables.results(strategy, rounds))
+    console().print(tables.closing(directory.path, rounds))
+    return adapter
+
+
+def build(settings: RunSettings) -> Federation:
+    """Check and load everything that a run needs, cheapest checks first."""
+    method = find(settings.method.name)
+    directory = RunDirectory(settings)
+    task = load_task(settings)
+    base = load_base(settings, task.labels)
+    targets = target_modules(base, settings.lora.targets)
+    heads = head_modules(base) if settings.head.mode == "trained" else ()
+    shapes = target_shapes(base, targets, settings.lora.rank)
+    planner = Planner(settings, method, task, base.config, shapes, heads)
+    start = initial(
+        shapes,
+        settings.lora.rank,
+        settings.lora.scale,
+        head_tensors(base, heads),
+        derive(settings.run.seed, "adapter"),
+    )
+    strategy = HeterogeneousLora(settings, method, planner, fingerprint(base, heads=heads))
+    return Federation(
+        settings, directory, strategy, Evaluator(settings, task, base, heads), start, heads
+    )
+
+
+def play_round(
+    federation: Federation, grid: Grid, adapter: Adapter, number: int
+) -> tuple[Adapter, dict[str, Any]]:
+    """Train, merge and evaluate one round; return the next adapter and the round's line."""
+    began = time.monotonic()
+    strategy, settings = federation.strategy, federation.settings
+    before = strategy.plans
+    outgoing = strategy.open_round(number, adapter, grid)
+    federation.directory.append_plans(_plan_lines(strategy, before, number))
+    # Replies are folded in the order of the messages, so that rounding does not depend on who
+    # answers first and two runs of one seed agree to the last bit.
+    early = {}
+    next_position = 0
+    for position, reply in exchange(grid, outgoing, settings.server.round_timeout_seconds):
+        early[position] = reply
+        while next_position in early:
+            strategy.fold(next_position, early.pop(next_position))
+            next_position += 1
+    for position in sorted(early):
+        strategy.fold(position, early[position])
+    adapter, outcomes = strategy.close_round()
+    trained = time.monotonic()
+    line: dict[str, Any] = {"round": number, **summarise(outcomes)}
+    if number % settings.server.evaluate_every == 0 or number == settings.run.rounds:
+        line["evaluation"] = _evaluate(federation, grid, adapter, number)
+    line["clients"] = {outcome.client: _client_line(outcome) for outcome in outcomes}
+    line["train-seconds"] = round(trained - began, 3)
+    line["seconds"] = round(time.monotonic() - began, 3)
+    return adapter, line
+
+
+def _round_zero(federation: Federation) -> Checkpoint:
+    """Write the start as checkpoint and line 0, so that a stop in round 1 can be resumed too."""
+    checkpoint = Checkpoint(0, federation.start, {})
+    line: dict[str, Any] = {"round": 0}
+    if federation.settings.server.evaluate == "server":
+        line["evaluation"] = federation.evaluator(federation.start)
+    federation.directory.append_round(line)
+    federation.directory.save(checkpoint, federation.heads)
+    return checkpoint
+
+
+def _evaluate(
+    federation: Federation, grid: Grid, adapter: Adapter, number: int
+) -> dict[str, float]:
+    where = federation.settings.server.evaluate
+    if where == "none":
+        return {}
+    if where == "server":
+        return federation.evaluator(adapter)
+    outgoing = federation.strategy.evaluation_messages(number, adapter)
+    timeout = federation.settings.server.round_timeout_seconds
+    replies = dict(exchange(grid, outgoing, timeout))
+    for reply in replies.values():
+        if reply.has_error():
+            log.warning("round %d: an evaluation failed: %s", number, messages.failure(reply))
+    usable = [replies[p] for p in sorted(replies) if not replies[p].has_error()]
+    return weighted_mean(messages.metrics(reply) for reply in usable)
+
+
+def _record(
+    federation: Federation, events: SummaryWriter, adapter: Adapter, line: Mapping[str, Any]
+) -> None:
+    """Write a round down: its line first, then the checkpoint that makes it final."""
+    federation.directory.append_round(line)
+    state = federation.strategy.planner.state()
+    federation.directory.save(Checkpoint(line["round"], adapter, state), federation.heads)
+    for key in ("train-loss", "updates", "dropped", "upload-bytes", "download-bytes", "seconds"):
+        if key in line:
+            events.add_scalar(f"round/{key}", line[key], line["round"])
+    for key, value in line.get("evaluation", {}).items():
+        events.add_scalar(f"evaluation/{key}", value, line["round"])
+    events.flush()
+
+
+def _plan_lines(
+    strategy: HeterogeneousLora, before: Mapping[str, object], number: int
+) -> Iterable[dict[str, Any]]:
+    """Give one line for each client whose plan is new, with the report that it rests on."""
+    for client, plan in sorted(strategy.plans.items()):
+        if before.get(client) != plan:
+            device = strategy.fleet.devices[client]
+            yield {
+                "round": number,
+                "client": client,
+                "plan": plan.to_dict(),
+                "device": device.report.to_dict(),
+            }
+
+
+def _client_line(outcome: Outcome) -> dict[str, Any]:
+    line = asdict(outcome)
+    finite = {k: v for k, v in outcome.metrics.items() if math.isfinite(v)}
+    return {
+        "rank": line["rank"],
+        "merged": line["merged"],
+        **({"reason": line["reason"]} if line["reason"] else {}),
+        **finite,
+        "upload-bytes": line["upload_bytes"],
+        "download-bytes": line["download_bytes"],
+    }

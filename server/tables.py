@@ -1,0 +1,111 @@
+"""What the user sees on the console: plans, a line a round, results."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rankfit.strategies.fleet import natural
+from rankfit.strategies.heterogeneous_lora import HeterogeneousLora
+
+MIB = 2**20
+
+
+def plans(strategy: HeterogeneousLora) -> Table:
+    """Who trains what, and which constraint binds; clients that cannot train say why."""
+    table = Table(title="Plans", title_justify="left")
+    for name in ("client", "device", "memory from", "budget MiB", "expected MiB", "up / down Mbps"):
+        table.add_column(name, justify="right" if "M" in name else "left", overflow="fold")
+    for name in ("rank", "micro-batch"):
+        table.add_column(name, justify="right")
+    table.add_column("binds")
+    for client in sorted(strategy.fleet.devices, key=natural):
+        report = strategy.fleet.devices[client].report
+        link = f"{_mbps(report.upload_mbps)} / {_mbps(report.download_mbps)}"
+        plan = strategy.plans.get(client)
+        first = (client, report.name, report.source)
+        if plan is None:
+            reason = strategy.planner.refused.get(client, "not planned")
+            budget = f"{report.budget_bytes / MIB:.1f}"
+            table.add_row(*first, budget, "–", link, "–", "–", reason)
+            continue
+        batch = f"{plan.micro_batch} × {plan.accumulation}"
+        table.add_row(
+            *first,
+            f"{plan.budget_bytes / MIB:.1f}",
+            f"{plan.peak_bytes / MIB:.1f}",
+            link,
+            str(plan.rank),
+            batch + (" + checkpointing" if plan.checkpointing else ""),
+            plan.binding,
+        )
+    return table
+
+
+def round_line(line: Mapping[str, Any], rounds: int) -> str:
+    """One round in one line."""
+    parts = [f"round {line['round']}/{rounds}"]
+    parts += [f"{key} {value:.4f}" for key, value in line.get("evaluation", {}).items()]
+    if "train-loss" in line:
+        parts.append(f"train-loss {line['train-loss']:.4f}")
+    total = line["updates"] + line["dropped"]
+    parts.append(f"updates {line['updates']}/{total}")
+    ranks = sorted({client["rank"] for client in line["clients"].values()})
+    parts.append("ranks " + ",".join(str(rank) for rank in ranks))
+    traffic = (line["upload-bytes"] + line["download-bytes"]) / 1024
+    return ", ".join([*parts, f"{traffic:.0f} KiB", f"{line['seconds']:.1f} s"])
+
+
+def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) -> Table:
+    """What each client did over the run: rank, measured peak beside the expected one, drops."""
+    table = Table(title="Clients", title_justify="left")
+    table.add_column("client")
+    for name in (
+        "rank", "rounds", "dropped", "samples", "expected MiB", "measured MiB", "up KiB",
+        "down KiB", "train s",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for line in rounds:
+        for client, own in line.get("clients", {}).items():
+            lines.setdefault(client, []).append(own)
+    for client in sorted(lines, key=natural):
+        own = lines[client]
+        plan = strategy.plans.get(client)
+        ranks = sorted({item["rank"] for item in own})
+        peak = max((item.get("peak-memory-bytes", 0) for item in own), default=0)
+        table.add_row(
+            client,
+            ",".join(map(str, ranks)),
+            str(len(own)),
+            str(sum(not item["merged"] for item in own)),
+            str(max(item.get("num-examples", 0) for item in own)),
+            f"{plan.peak_bytes / MIB:.1f}" if plan else "–",
+            f"{peak / MIB:.1f}",
+            f"{sum(item['upload-bytes'] for item in own) / 1024:.0f}",
+            f"{sum(item['download-bytes'] for item in own) / 1024:.0f}",
+            f"{sum(item.get('train-seconds', 0.0) for item in own):.1f}",
+        )
+    return table
+
+
+def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Best, final and mean of the last ten evaluations, and where the adapter lies."""
+    lines = []
+    measured = [line["evaluation"] for line in rounds if line.get("evaluation")]
+    for key in ("accuracy", "macro-f1"):
+        values = [evaluation[key] for evaluation in measured if key in evaluation]
+        if values:
+            last = values[-10:]
+            lines.append(
+                f"test {key}: final {values[-1]:.4f}, best {max(values):.4f}, "
+                f"mean of the last {len(last)} {sum(last) / len(last):.4f}"
+            )
+    lines.append(f"PEFT adapter: {path / 'checkpoint'}")
+    lines.append(f"report: {path / 'report.html'}")
+    return "\n".join(lines)
+
+
+def _mbps(value: float) -> str:
+    return f"{value:g}" if value else "–"

@@ -1,0 +1,158 @@
+"""Who is there, what each device reports, and which clients take part in a round."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from rankfit.configs.seeds import derive
+from rankfit.estimator.report import DeviceReport
+from rankfit.strategies import messages
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks for new nodes or replies.
+PAUSE = 0.1
+
+
+class FleetError(RuntimeError):
+    """Too few clients are there to start a round."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A client and the node that it answers from at present."""
+
+    node_id: int
+    report: DeviceReport
+
+
+def exchange(
+    grid: Grid, outgoing: Iterable[Message], timeout: float
+) -> Iterator[tuple[int, Message]]:
+    """Send messages; yield (position, reply) as replies arrive, until all are there or time is up.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid.
+    outgoing : Iterable[Message]
+        Positions count from 0 in this order.
+    timeout : float
+        Seconds; messages without a reply by then are left out.
+    """
+    deadline = time.monotonic() + timeout
+    waiting = {text: index for index, text in enumerate(grid.push_messages(outgoing)) if text}
+    pause = PAUSE
+    while waiting:
+        arrived = list(grid.pull_messages(list(waiting)))
+        for reply in arrived:
+            yield waiting.pop(reply.metadata.reply_to_message_id), reply
+        if not waiting or time.monotonic() > deadline:
+            return
+        pause = PAUSE if arrived else min(pause * 1.2, 1.0)
+        time.sleep(pause)
+
+
+class Fleet:
+    """The devices of a run by client name, asked once each.
+
+    A node that joins late, or comes back under a new id, is asked when it is first seen.
+    """
+
+    def __init__(self, query_timeout: float) -> None:
+        self.devices: dict[str, Device] = {}
+        self._query_timeout = query_timeout
+        self._asked: dict[int, str] = {}
+
+    def refresh(self, grid: Grid, server_round: int) -> None:
+        """Ask every node that has not been asked before; forget clients whose node is gone."""
+        present = set(grid.get_node_ids())
+        for client in [c for c, device in self.devices.items() if device.node_id not in present]:
+            log.warning("client %s is gone (node %d)", client, self.devices.pop(client).node_id)
+        # A node that vanished and came back is asked again: its device may have changed.
+        self._asked = {node: client for node, client in self._asked.items() if node in present}
+        fresh = sorted(present - set(self._asked))
+        if not fresh:
+            return
+        ttl = self._query_timeout
+        outgoing = [
+            messages.message(RecordDict(), node, messages.QUERY, server_round, ttl)
+            for node in fresh
+        ]
+        for index, reply in exchange(grid, outgoing, ttl):
+            self._admit(fresh[index], reply)
+        for node in fresh:
+            if node not in self._asked:
+                log.warning("node %d has not answered the query in %.0f s", node, ttl)
+
+    def wait(
+        self,
+        grid: Grid,
+        server_round: int,
+        ready: Callable[[], int],
+        minimum: int,
+        seconds: float,
+    ) -> None:
+        """Wait until ``ready()`` counts ``minimum`` clients.
+
+        Raises
+        ------
+        FleetError
+            If they are not there in time.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            self.refresh(grid, server_round)
+            count = ready()
+            if count >= minimum:
+                return
+            if time.monotonic() > deadline:
+                raise FleetError(
+                    f"{count} of the {minimum} clients that server.min-clients asks for were ready "
+                    f"within {seconds:.0f} s ({len(self.devices)} answered the query)"
+                )
+            time.sleep(PAUSE)
+
+    def _admit(self, node: int, reply: Message) -> None:
+        self._asked[node] = ""
+        if reply.has_error():
+            log.warning("node %d gave no device report: %s", node, messages.failure(reply))
+            return
+        try:
+            report = messages.device_report(reply)
+        except ValueError as error:
+            log.warning("node %d gave a device report that cannot be used: %s", node, error)
+            return
+        known = self.devices.get(report.client)
+        if known is not None:
+            log.warning(
+                "two nodes call themselves %r; node %d becomes %r (set client-name)",
+                report.client, node, f"{report.client}-{node}",
+            )  # fmt: skip
+            report = replace(report, client=f"{report.client}-{node}")
+        self._asked[node] = report.client
+        self.devices[report.client] = Device(node, report)
+
+
+def sample(clients: Mapping[str, object] | Iterable[str], count: int, seed: int) -> list[str]:
+    """Draw ``count`` clients (or all, if there are fewer), the same for the same names and seed."""
+    ordered = sorted(clients, key=natural)
+    return sorted(random.Random(seed).sample(ordered, min(count, len(ordered))), key=natural)
+
+
+def round_seed(seed: int, server_round: int) -> int:
+    """Seed of the sampling of one round."""
+    return derive(seed, "sample", server_round)
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts ``partition-10`` after ``partition-9``."""
+    parts = []
+    for part in name.replace("-", " ").split():
+        parts.append((0, int(part), "") if part.isdigit() else (1, 0, part))
+    return tuple(parts)

@@ -1,0 +1,38 @@
+"""Shared fixtures. The environment is set before anything imports torch or Flower."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect tests that need the developers' data where that folder is absent."""
+    if SHARED_DATA.is_dir():
+        return
+    away = [item for item in items if item.get_closest_marker("shared_data")]
+    if away:
+        items[:] = [item for item in items if not item.get_closest_marker("shared_data")]
+        config.hook.pytest_deselected(items=away)
+
+
+def pytest_report_header() -> str | None:
+    if SHARED_DATA.is_dir():
+        return None
+    return "shared_data: that folder is not here, so the tests that need it are deselected"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The developers' data folder."""
+    return SHARED_DATA
