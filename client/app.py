@@ -66,7 +66,7 @@ def evaluate(message: Message, context: Context) -> Message:
     workspace = _workspace(context)
     config = cast(ConfigRecord, message.content["plan"])
     workspace.check_base(str(config["fingerprint"]))
-    samples = workspace.samples(*_place(context))
+    samples = workspace.test_samples(*_place(context))
     metrics = evaluate_adapter(workspace, _adapter(message), samples)
     record = MetricRecord({"num-examples": len(samples), **metrics})
     return Message(RecordDict({"metrics": record}), reply_to=message)

@@ -114,7 +114,7 @@ def fall_back(plan: Plan) -> Plan | None:
 def evaluate(
     workspace: Workspace, adapter: Adapter, samples: NDArray[np.int64]
 ) -> dict[str, float]:
-    """Metrics of an adapter on samples of the client's own data."""
+    """Metrics of an adapter on the client's own test samples."""
     settings = workspace.settings
     model = inject(
         workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=workspace.heads
@@ -122,7 +122,7 @@ def evaluate(
     try:
         load_adapter(model, adapter)
         size = settings.server.evaluate_batch_size
-        batches = (workspace.task.collate("train", part) for part in chunks(samples.tolist(), size))
+        batches = (workspace.task.test.collate(part) for part in chunks(samples.tolist(), size))
         logits, labels = predict(model, batches, workspace.device)
         return workspace.task.metrics(logits, labels)
     finally:
@@ -171,14 +171,17 @@ def _fit(workspace: Workspace, job: Job, plan: Plan, model: PeftModel) -> dict[s
     meter = _meter(workspace.device, job.cap_bytes, model, optimizer)
     loss_sum, seen, steps = 0.0, 0, 0
     for batch in _batches(settings, job):
-        with meter.step(len(batch), plan.micro_batch):
-            for part in chunks(batch, plan.micro_batch):
-                inputs = workspace.task.collate("train", part)
-                inputs = {name: t.to(workspace.device) for name, t in inputs.items()}
+        # Encoded before the step: what the data set itself holds is no memory of the step.
+        waiting = [workspace.task.train.collate(part) for part in chunks(batch, plan.micro_batch)]
+        waiting.reverse()
+        with meter.step():
+            while waiting:
+                inputs = {name: t.to(workspace.device) for name, t in waiting.pop().items()}
                 meter.see(inputs)
+                count = len(inputs["labels"])
                 loss = model(**inputs).loss
-                accelerator.backward(loss * (len(part) / len(batch)))
-                loss_sum += float(loss.detach()) * len(part)
+                accelerator.backward(loss * (count / len(batch)))
+                loss_sum += float(loss.detach()) * count
                 del loss, inputs
             if settings.train.max_grad_norm:
                 accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
@@ -226,7 +229,7 @@ class _CudaMeter:
         torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
-    def step(self, samples: int, micro_batch: int) -> Iterator[None]:
+    def step(self) -> Iterator[None]:
         """Do nothing: the allocator counts all the time."""
         yield
 
@@ -240,8 +243,8 @@ class _CudaMeter:
 class _LiveMeter:
     """Peak of live CPU tensors, under a cap that it enforces.
 
-    Following every operator costs time, so only the first two steps (the second one finds the
-    optimizer's state in place) and those with a larger input than before are followed.
+    Following every operator costs time, so only the first two steps are followed: the second one
+    finds the optimizer's state in place, and later ones take no more (shorter texts take less).
     """
 
     def __init__(
@@ -249,12 +252,11 @@ class _LiveMeter:
     ) -> None:
         self._cap, self._model, self._optimizer = cap_bytes, model, optimizer
         self._steps = 0
-        self._largest = 0
         self._peak = 0
         self._live: LiveMemory | None = None
 
     @contextmanager
-    def step(self, samples: int, micro_batch: int) -> Iterator[None]:
+    def step(self) -> Iterator[None]:
         """Follow one optimizer step, if it can hold the peak."""
         self._steps += 1
         if self._steps > 2:

@@ -90,12 +90,19 @@ class Workspace:
             Number of those clients.
         """
         if partition_id is None or self.settings.partition.kind == "local":
-            return np.arange(self.task.size("train"))
+            return np.arange(len(self.task.train))
         if partitions not in self._partitions:
             self._partitions[partitions] = partition(
-                self.task.train_labels, self.settings, partitions
+                self.task.train.labels, self.settings, partitions
             )
         return self._partitions[partitions][partition_id]
+
+    def test_samples(self, partition_id: int | None, partitions: int) -> NDArray[np.int64]:
+        """Indices into the test split that this client measures on: its own, or an equal share."""
+        everything = np.arange(len(self.task.test))
+        if partition_id is None or self.settings.partition.kind == "local":
+            return everything
+        return everything[partition_id::partitions]
 
 
 @lru_cache(maxsize=1)

@@ -42,7 +42,7 @@ class Evaluator:
     def __call__(self, adapter: Adapter) -> dict[str, float]:
         """Metrics of the global adapter on the whole test split."""
         load_adapter(self._model, adapter)
-        everything = range(self._task.size("test"))
-        batches = (self._task.collate("test", i) for i in chunks(everything, self._batch_size))
+        everything = range(len(self._task.test))
+        batches = (self._task.test.collate(i) for i in chunks(everything, self._batch_size))
         logits, labels = predict(self._model, batches, self._device)
         return self._task.metrics(logits, labels)

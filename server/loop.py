@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rankfit.adapters.state import Adapter, initial
 from rankfit.configs.seeds import derive
 from rankfit.configs.settings import RunSettings
+from rankfit.estimator.fit import Estimator, inputs_of
 from rankfit.server import tables
 from rankfit.server.evaluation import Evaluator
 from rankfit.server.logs import console
@@ -92,7 +93,9 @@ def build(settings: RunSettings) -> Federation:
     targets = target_modules(base, settings.lora.targets)
     heads = head_modules(base) if settings.head.mode == "trained" else ()
     shapes = target_shapes(base, targets, settings.lora.rank)
-    planner = Planner(settings, method, task, base.config, shapes, heads)
+    estimator = Estimator.for_run(
+        settings, base.config, inputs_of(task.example_batch(1)), phases=method.phases
+    )
     start = initial(
         shapes,
         settings.lora.rank,
@@ -100,7 +103,9 @@ def build(settings: RunSettings) -> Federation:
         head_tensors(base, heads),
         derive(settings.run.seed, "adapter"),
     )
-    strategy = HeterogeneousLora(settings, method, planner, fingerprint(base, heads=heads))
+    strategy = HeterogeneousLora(
+        settings, method, Planner(method, estimator), fingerprint(base, heads=heads)
+    )
     return Federation(
         settings, directory, strategy, Evaluator(settings, task, base, heads), start, heads
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from rankfit.server import summary
 from rankfit.strategies.fleet import natural
 from rankfit.strategies.heterogeneous_lora import HeterogeneousLora
 
@@ -66,42 +67,30 @@ def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) ->
         "down KiB", "train s",
     ):  # fmt: skip
         table.add_column(name, justify="right")
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for line in rounds:
-        for client, own in line.get("clients", {}).items():
-            lines.setdefault(client, []).append(own)
-    for client in sorted(lines, key=natural):
-        own = lines[client]
-        plan = strategy.plans.get(client)
-        ranks = sorted({item["rank"] for item in own})
-        peak = max((item.get("peak-memory-bytes", 0) for item in own), default=0)
+    for own in summary.clients(rounds):
+        plan = strategy.plans.get(own.client)
         table.add_row(
-            client,
-            ",".join(map(str, ranks)),
-            str(len(own)),
-            str(sum(not item["merged"] for item in own)),
-            str(max(item.get("num-examples", 0) for item in own)),
+            own.client,
+            own.ranks,
+            str(own.rounds),
+            str(own.dropped),
+            str(own.samples),
             f"{plan.peak_bytes / MIB:.1f}" if plan else "–",
-            f"{peak / MIB:.1f}",
-            f"{sum(item['upload-bytes'] for item in own) / 1024:.0f}",
-            f"{sum(item['download-bytes'] for item in own) / 1024:.0f}",
-            f"{sum(item.get('train-seconds', 0.0) for item in own):.1f}",
+            f"{own.peak_bytes / MIB:.1f}",
+            f"{own.upload_bytes / 1024:.0f}",
+            f"{own.download_bytes / 1024:.0f}",
+            f"{own.seconds:.1f}",
         )
     return table
 
 
 def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
     """Best, final and mean of the last ten evaluations, and where the adapter lies."""
-    lines = []
-    measured = [line["evaluation"] for line in rounds if line.get("evaluation")]
-    for key in ("accuracy", "macro-f1"):
-        values = [evaluation[key] for evaluation in measured if key in evaluation]
-        if values:
-            last = values[-10:]
-            lines.append(
-                f"test {key}: final {values[-1]:.4f}, best {max(values):.4f}, "
-                f"mean of the last {len(last)} {sum(last) / len(last):.4f}"
-            )
+    lines = [
+        f"test {score.name}: final {score.final:.4f}, best {score.best:.4f}, "
+        f"mean of the last ten {score.mean_of_last:.4f}"
+        for score in summary.scores(rounds)
+    ]
     lines.append(f"PEFT adapter: {path / 'checkpoint'}")
     lines.append(f"report: {path / 'report.html'}")
     return "\n".join(lines)

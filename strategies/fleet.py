@@ -54,8 +54,11 @@ def exchange(
             yield waiting.pop(reply.metadata.reply_to_message_id), reply
         if not waiting or time.monotonic() > deadline:
             return
-        pause = PAUSE if arrived else min(pause * 1.2, 1.0)
-        time.sleep(pause)
+        if arrived:
+            pause = PAUSE
+        else:
+            time.sleep(pause)
+            pause = min(pause * 1.2, 1.0)
 
 
 class Fleet:

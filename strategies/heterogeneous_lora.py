@@ -164,11 +164,12 @@ class HeterogeneousLora(Strategy):
     def evaluation_messages(self, server_round: int, adapter: Adapter) -> list[Message]:
         """Build one evaluation message, with the whole global adapter, for each client."""
         record = messages.arrays_record(encode(adapter.state_dict(), self.settings.wire.dtype))
+        config = ConfigRecord(self._config(server_round, adapter.scale))
         seed = derive(self.settings.run.seed, "evaluate", server_round)
         clients = sample(self.plans, self.settings.server.clients_per_round, seed)
         return [
             messages.message(
-                RecordDict({"adapter": record, "plan": self._config(server_round, adapter.scale)}),
+                RecordDict({"adapter": record, "plan": config}),
                 self.fleet.devices[client].node_id,
                 messages.EVALUATE,
                 server_round,
@@ -237,10 +238,8 @@ class HeterogeneousLora(Strategy):
         download = sum(array.nbytes for array in arrays.values())
         return Assignment(client, node_id, plan, given, download), message
 
-    def _config(self, server_round: int, scale: float) -> ConfigRecord:
-        return ConfigRecord(
-            {"round": server_round, "scale": scale, "fingerprint": self.fingerprint}
-        )
+    def _config(self, server_round: int, scale: float) -> dict[str, int | float | str]:
+        return {"round": server_round, "scale": scale, "fingerprint": self.fingerprint}
 
     def _judge(self, merge: Merge, assignment: Assignment, reply: Message) -> Outcome:
         if reply.has_error():

@@ -1,0 +1,117 @@
+"""What the link allows: the largest rank whose factors travel in the time given."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import nn
+
+from rankfit.adapters.wire import WIRE_BYTES
+from rankfit.estimator.plan import Moves
+
+
+def link_bytes(seconds: float, mbps: float) -> float:
+    """Bytes that a link of ``mbps`` (10⁶ bits per second) carries in ``seconds``."""
+    return seconds * mbps * 1e6 / 8
+
+
+def rank_bound(
+    seconds: float, mbps: float, bytes_per_rank: int, *, fixed_bytes: int = 0
+) -> int | None:
+    """Largest rank that travels in time: ⌊(seconds · Mbps · 10⁶/8 − fixed) / bytes per rank⌋.
+
+    HRALoRA (CCGrid 2026), with a fixed cost beside the factors. None = no bound, where the time
+    (0 = unlimited) or the link (0 = not known) sets none. 0 = not even the fixed part.
+
+    Raises
+    ------
+    ValueError
+        For negative figures, or bytes per rank that are not above 0.
+    """
+    if seconds < 0 or mbps < 0 or fixed_bytes < 0:
+        raise ValueError(
+            f"got {seconds} s, {mbps} Mbps and {fixed_bytes} fixed bytes; expected 0 or more"
+        )
+    if bytes_per_rank <= 0:
+        raise ValueError(f"bytes per unit of rank are {bytes_per_rank}; expected more than 0")
+    if seconds == 0 or mbps == 0:
+        return None
+    return max(0, math.floor((link_bytes(seconds, mbps) - fixed_bytes) / bytes_per_rank))
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What travels: the factors' sizes per unit of rank, and the head.
+
+    Attributes
+    ----------
+    shapes : Mapping[str, tuple[int, int]]
+        (outputs d, inputs k) of each adapted module: A is (rank, k), B is (d, rank).
+    head_values : int
+        Numbers in the heads that are trained; 0 = head frozen.
+    wire_dtype : str
+        Number type on the wire.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    head_values: int = 0
+    wire_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.wire_dtype not in WIRE_BYTES:
+            raise ValueError(
+                f"unknown wire type {self.wire_dtype!r}; set wire.dtype to one of "
+                f"{', '.join(WIRE_BYTES)}"
+            )
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, targets: Sequence[str], heads: Sequence[str], wire_dtype: str
+    ) -> Self:
+        """Read the shapes off a base model, with or without weights."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for name in targets:
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear):
+                raise ValueError(f"{name!r} is a {type(module).__name__}; expected a Linear module")
+            shapes[name] = (module.out_features, module.in_features)
+        values = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+        return cls(shapes, values, wire_dtype)
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one number on the wire."""
+        return WIRE_BYTES[self.wire_dtype]
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the trained head, whatever the rank."""
+        return self.head_values * self.number_bytes
+
+    @property
+    def full_rank(self) -> int:
+        """Rank beyond which no module can learn more: the smallest min(d, k)."""
+        return min(min(shape) for shape in self.shapes.values())
+
+    def bytes_per_rank(self, moves: Moves = "both") -> int:
+        """Bytes of the factors that move, for one unit of rank in every module."""
+        values = sum(
+            (d if moves in ("both", "b") else 0) + (k if moves in ("both", "a") else 0)
+            for d, k in self.shapes.values()
+        )
+        return values * self.number_bytes
+
+    def upload_bound(
+        self, seconds: float, mbps: float, phases: Sequence[Moves] = ("both",)
+    ) -> int | None:
+        """Largest uniform rank that comes back in time in every phase; None = no bound."""
+        per_rank = max(self.bytes_per_rank(moves) for moves in phases)
+        return rank_bound(seconds, mbps, per_rank, fixed_bytes=self.head_bytes)
+
+    def download_bound(self, seconds: float, mbps: float) -> int | None:
+        """Largest uniform rank that goes out in time, both factors whatever moves.
+
+        With a tail the client gets the whole global rank: this bound must then reach that rank.
+        """
+        return rank_bound(seconds, mbps, self.bytes_per_rank(), fixed_bytes=self.head_bytes)

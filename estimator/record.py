@@ -1,0 +1,133 @@
+"""One recording: every allocation and release of a training step on meta tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rankfit.estimator.kernels import MATMULS, SCRATCH, aten, kernels
+from rankfit.estimator.live import LiveMemory
+from rankfit.estimator.spec import StepSpec
+from rankfit.estimator.step import Phase, build, meta_batch, run_steps
+
+#: Sizes that the calibration decides, in place of a tensor's shape.
+WORKSPACE, SCRATCHPAD = "workspace", "scratch"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One storage: who asked for it, its bytes, its shape; ``term`` if a calibration sizes it."""
+
+    operator: str
+    nbytes: int
+    shape: tuple[int, ...]
+    term: str = ""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Allocations, and the events over them in order.
+
+    Attributes
+    ----------
+    events : list of (int, bool, str)
+        Index of the allocation, True as it begins and False as it ends, and the phase.
+    trained, state : list of int
+        Allocations that are trained parameters, and the optimizer's state.
+    """
+
+    allocations: list[Allocation]
+    events: list[tuple[int, bool, Phase]]
+    trained: list[int]
+    state: list[int]
+
+
+class Recorder(LiveMemory):
+    """Live memory that remembers; also answers for the data that meta tensors do not have."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        # On a GPU the optimizer's step counters lie on the host; on a CPU they count.
+        super().__init__(
+            devices=frozenset({"meta"} if spec.accelerator == "cuda" else {"meta", "cpu"})
+        )
+        self.spec = spec
+        self.phase: Phase = "load"
+        self.allocations: list[Allocation] = []
+        self.events: list[tuple[int, bool, Phase]] = []
+        self._index: dict[int, int] = {}
+        self._operator = ""
+        self._threads: set[Phase] = set()
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase."""
+        self.phase = phase
+
+    def index(self, tensor: torch.Tensor) -> int:
+        """Index of a live tensor's allocation."""
+        return self._index[tensor.untyped_storage()._cdata]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return self._value(args[0])
+        self._operator = str(func)
+        if self.spec.accelerator == "cuda" and func in MATMULS and self.phase not in self._threads:
+            self._threads.add(self.phase)
+            self._begin(Allocation(str(func), 1, (), WORKSPACE))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.spec.accelerator == "cuda" and func in SCRATCH:
+            self._end(self._begin(Allocation(str(func), SCRATCH[func](args), (), SCRATCHPAD)))
+        return result
+
+    def allocated(self, storage: int, tensor: torch.Tensor, nbytes: int) -> None:
+        """Record a new storage."""
+        super().allocated(storage, tensor, nbytes)
+        self._index[storage] = self._begin(Allocation(self._operator, nbytes, tuple(tensor.shape)))
+
+    def released(self, storage: int, nbytes: int) -> None:
+        """Record the end of a storage."""
+        super().released(storage, nbytes)
+        self._end(self._index.pop(storage))
+
+    def _begin(self, allocation: Allocation) -> int:
+        self.allocations.append(allocation)
+        self.events.append((len(self.allocations) - 1, True, self.phase))
+        return len(self.allocations) - 1
+
+    def _end(self, index: int) -> None:
+        self.events.append((index, False, self.phase))
+
+    def _value(self, scalar: torch.Tensor) -> bool:
+        """Answer ``mask.all()``: True when no batch holds padding."""
+        if scalar.dtype != torch.bool:
+            raise ValueError(
+                f"this model reads a {scalar.dtype} value out of a tensor to decide what it runs; "
+                "the trace has no data to answer with, so its memory cannot be estimated"
+            )
+        return not self.spec.padded
+
+
+def record(
+    spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
+) -> Recording:
+    """Run the training step of a spec on the meta device at these ranks."""
+    model = build(spec, ranks, tail_ranks)
+    recorder = Recorder(spec)
+    recorder.baseline(model)
+    trained = [recorder.index(p) for p in model.parameters() if p.requires_grad]
+    with kernels(spec.accelerator), recorder:
+        optimizer = run_steps(spec, model, lambda: meta_batch(spec), recorder.enter)
+    state = [
+        recorder.index(value)
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor) and value.device.type in recorder.devices
+    ]
+    # What dies with this function is no part of the step.
+    return Recording(list(recorder.allocations), list(recorder.events), trained, state)

@@ -1,0 +1,105 @@
+"""The training step that is estimated, run on whatever device its model lies on."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from rankfit.estimator.spec import StepSpec
+from rankfit.tasks import models
+
+Phase = Literal["load", "forward", "backward", "optimizer"]
+
+#: Forward passes per optimizer step that show the steady state of any accumulation.
+PASSES = {False: 1, True: 2}
+#: Optimizer steps: the second one finds the optimizer's state in place.
+STEPS = 2
+
+
+def run_steps(
+    spec: StepSpec,
+    model: nn.Module,
+    batch: Callable[[], Mapping[str, Tensor]],
+    enter: Callable[[Phase], None] = lambda phase: None,
+) -> torch.optim.Optimizer:
+    """Train two optimizer steps.
+
+    Parameters
+    ----------
+    model : nn.Module
+        PEFT model in training mode whose call returns ``loss`` for a batch with ``labels``.
+    batch : callable
+        Makes the next batch.
+    enter : callable
+        Told of each phase as it begins.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(spec, trained)
+    passes = PASSES[spec.accumulates]
+    for _ in range(STEPS):
+        for _ in range(passes):
+            enter("forward")
+            inputs = batch()
+            loss = model(**inputs).loss
+            enter("backward")
+            (loss / passes).backward()
+            del loss, inputs
+        enter("optimizer")
+        if spec.clips:
+            nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def make_optimizer(spec: StepSpec, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimizer as it runs there: foreach on a GPU, one tensor at a time on a CPU."""
+    foreach = spec.accelerator == "cuda"
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=1e-3, foreach=foreach)
+    return torch.optim.SGD(trained, lr=1e-3, foreach=foreach)
+
+
+def meta_batch(spec: StepSpec) -> dict[str, Tensor]:
+    """Build an empty batch of the spec's shapes on the meta device."""
+    return {
+        item.name: torch.empty(
+            (spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype), device="meta"
+        )
+        for item in spec.inputs
+    }
+
+
+def build(
+    spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
+) -> nn.Module:
+    """Build base, adapters and heads of a step on the meta device, in training mode.
+
+    Raises
+    ------
+    ModelError
+        If a module cannot be adapted or the architecture has no such classifier.
+    """
+    values = json.loads(spec.config)
+    config = AutoConfig.for_model(**values)
+    if spec.checkpointing:
+        config.use_cache = False  # as the model does itself, with a warning
+    base = models.build_empty(config, spec.kind, attention=spec.attention, precision=spec.precision)
+    model = models.inject(
+        base, ranks, scale=1.0, dropout=spec.dropout, heads=spec.heads, tail_ranks=tail_ranks
+    )
+    return prepare(spec, model)
+
+
+def prepare(spec: StepSpec, model: nn.Module) -> nn.Module:
+    """Freeze the factor that does not move, switch checkpointing on, and go to training mode."""
+    frozen = {"both": (), "a": (".lora_B.",), "b": (".lora_A.",)}[spec.moves]
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in frozen):
+            parameter.requires_grad_(False)
+    if spec.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()

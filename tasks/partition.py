@@ -1,0 +1,163 @@
+"""How one training set is dealt to the clients of a run, drawn once from its seed."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+from numpy.typing import NDArray
+
+from rankfit.configs.seeds import derive
+from rankfit.configs.settings import RunSettings
+
+Indices = NDArray[np.int64]
+
+#: Draws before a partition that leaves some client short is given up.
+_DRAWS = 20
+
+
+class PartitionError(ValueError):
+    """A data set that cannot be dealt as the settings ask."""
+
+
+def partition(labels: NDArray[np.int64], settings: RunSettings, clients: int) -> list[Indices]:
+    """Deal the examples to clients: disjoint parts that cover the set, sorted.
+
+    ``local`` deals nothing: the one part is the node's whole set.
+
+    Parameters
+    ----------
+    labels
+        Class of every training example, shape (n,).
+    settings
+        ``partition`` says how, ``run.seed`` draws.
+    clients
+        Number of parts.
+
+    Raises
+    ------
+    PartitionError
+        If a part cannot have ``partition.min-samples`` examples.
+    """
+    kind, minimum = settings.partition.kind, max(1, settings.partition.min_samples)
+    if kind == "local":
+        _refuse_few(len(labels), minimum, 1)
+        return [np.arange(len(labels))]
+    _refuse_few(len(labels), minimum, clients)
+    seed = derive(settings.run.seed, "partition")
+    if kind == "iid":
+        parts = _iid(labels, clients, seed)
+    elif kind == "dirichlet":
+        parts = _dirichlet(labels, clients, settings.partition.alpha, minimum, seed)
+    else:
+        parts = _pathological(labels, clients, settings.partition.classes_per_client, minimum, seed)
+    return [np.sort(part) for part in parts]
+
+
+def _refuse_few(examples: int, minimum: int, clients: int) -> None:
+    if examples < minimum * clients:
+        raise PartitionError(
+            f"{examples} examples cannot give each of {clients} clients at least {minimum}: lower "
+            "partition.min-samples or simulation.clients"
+        )
+
+
+def _iid(labels: NDArray[np.int64], clients: int, seed: int) -> list[Indices]:
+    """Shuffle and cut into equal parts (the partitioner itself cuts without shuffling)."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    partitioner = IidPartitioner(clients)
+    partitioner.dataset = Dataset.from_dict({"row": order})
+    return [_rows(partitioner.load_partition(client)) for client in range(clients)]
+
+
+def _dirichlet(
+    labels: NDArray[np.int64], clients: int, alpha: float, minimum: int, seed: int
+) -> list[Indices]:
+    """Split each class over all clients by Dirichlet(alpha) (Hsu et al. 2019, Li et al. 2022)."""
+    table = Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
+    for draw in range(_DRAWS):
+        partitioner = DirichletPartitioner(
+            num_partitions=clients,
+            partition_by="label",
+            alpha=float(alpha),
+            min_partition_size=minimum,
+            shuffle=False,
+            seed=derive(seed, draw),
+        )
+        partitioner.dataset = table
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for each draw that leaves a client short
+            try:
+                return [_rows(partitioner.load_partition(client)) for client in range(clients)]
+            except ValueError:
+                continue
+    raise PartitionError(
+        f"Dirichlet({alpha}) left some of {clients} clients with fewer than {minimum} of "
+        f"{len(labels)} examples in every draw: raise partition.alpha, or lower "
+        "partition.min-samples or simulation.clients"
+    )
+
+
+def _rows(part: Dataset) -> Indices:
+    return np.asarray(part.with_format("numpy")["row"][:], dtype=np.int64)
+
+
+def _pathological(
+    labels: NDArray[np.int64], clients: int, classes_per_client: int, minimum: int, seed: int
+) -> list[Indices]:
+    """Give each client exactly N classes, each class split over its holders by Dirichlet(1).
+
+    The setting of HRALoRA (CCGrid 2026). flwr-datasets' PathologicalPartitioner splits a class
+    into equal parts and can leave classes out. Here every class is held, by as many clients as any
+    other or one fewer, and a holder has at least one example of it.
+    """
+    classes = np.unique(labels)
+    holders = _holders(len(classes), clients, classes_per_client, seed)
+    rows = [np.flatnonzero(labels == label) for label in classes]
+    for label, members, held in zip(classes, rows, holders, strict=True):
+        if len(members) < len(held):
+            raise PartitionError(
+                f"class {label} has {len(members)} examples for {len(held)} clients that hold it: "
+                "lower partition.classes-per-client or simulation.clients"
+            )
+    for draw in range(50 * _DRAWS):
+        generator = np.random.default_rng([seed, draw])
+        parts: list[list[Indices]] = [[] for _ in range(clients)]
+        for members, held in zip(rows, holders, strict=True):
+            shares = generator.dirichlet(np.ones(len(held)))
+            # One each, the rest by the shares.
+            cuts = np.cumsum(shares)[:-1] * (len(members) - len(held))
+            ends = cuts.astype(np.int64) + np.arange(1, len(held))
+            for client, piece in zip(
+                held, np.split(generator.permutation(members), ends), strict=True
+            ):
+                parts[client].append(piece)
+        dealt = [np.concatenate(pieces) for pieces in parts]
+        if min(len(part) for part in dealt) >= minimum:
+            return dealt
+    raise PartitionError(
+        f"pathological: some of {clients} clients with {classes_per_client} of {len(classes)} "
+        f"classes had fewer than {minimum} of {len(labels)} examples in every draw: raise "
+        "partition.classes-per-client, or lower partition.min-samples or simulation.clients"
+    )
+
+
+def _holders(classes: int, clients: int, each: int, seed: int) -> list[Sequence[int]]:
+    """Draw which clients hold each class: ``each`` classes a client, classes held evenly."""
+    if each > classes:
+        raise PartitionError(
+            f"partition.classes-per-client {each}: the data has only {classes} classes"
+        )
+    if clients * each < classes:
+        raise PartitionError(
+            f"{clients} clients of {each} classes leave some of {classes} classes to nobody: raise "
+            "partition.classes-per-client or simulation.clients, or lower data.classes"
+        )
+    generator = np.random.default_rng(derive(seed, "classes"))
+    held: list[list[int]] = [[] for _ in range(classes)]
+    for client in range(clients):
+        order = generator.permutation(classes)
+        for chosen in sorted(order, key=lambda label: len(held[label]))[:each]:
+            held[chosen].append(client)
+    return [tuple(members) for members in held]

@@ -1,0 +1,91 @@
+"""Which modules of a base model take an adapter, and which are its head."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rankfit.configs.settings import split_list
+from rankfit.tasks.sources import ModelError
+
+#: Names of the attention's query and value projections, in the order they are looked for. PEFT's
+#: own table goes by model type and knows neither ViT nor DeiT nor the names of transformers 5.
+_QUERY_VALUE = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_proj", "value_proj"),
+    ("q_lin", "v_lin"),
+    ("q", "v"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("Wqkv",),
+    ("qkv",),
+    ("in_proj",),
+)
+
+
+def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the modules beside the body: ``classifier``, ``score``, and what comes with them."""
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and next(module.parameters(), None) is not None
+    )
+
+
+def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
+    """Full names of the Linear modules that take an adapter, in the model's order.
+
+    Parameters
+    ----------
+    model
+        A base model, with or without weights.
+    targets
+        ``default`` (the attention's query and value projections), ``all-linear`` (all but the
+        head), or comma-separated ends of names.
+
+    Raises
+    ------
+    ModelError
+        If a name matches nothing; it lists the Linear modules that there are.
+    """
+    heads = head_modules(model)
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.partition(".")[0] not in heads
+    ]
+    if targets == "all-linear":
+        chosen = linear
+    elif targets == "default":
+        chosen = _query_value(linear)
+    else:
+        ends = split_list(targets)
+        for end in ends:
+            if not any(_ends_with(name, end) for name in linear):
+                raise _no_target(model, end, linear)
+        chosen = [name for name in linear if any(_ends_with(name, end) for end in ends)]
+    if not chosen:
+        raise _no_target(model, targets, linear)
+    return tuple(chosen)
+
+
+def _query_value(linear: Sequence[str]) -> list[str]:
+    in_attention = [name for name in linear if "att" in name.lower()]
+    for ends in _QUERY_VALUE:
+        if all(any(_ends_with(name, end) for name in in_attention) for end in ends):
+            return [name for name in in_attention if any(_ends_with(name, end) for end in ends)]
+    return []
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _no_target(model: PreTrainedModel, target: str, linear: Sequence[str]) -> ModelError:
+    last = sorted({name.rpartition(".")[2] for name in linear})
+    return ModelError(
+        f"lora.targets {target!r} matches no Linear module of {type(model).__name__}; there are: "
+        f"{', '.join(last) or 'none'}"
+        + (f" (full names like {', '.join(linear[:2])})" if linear else "")
+    )
