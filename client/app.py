@@ -4,6 +4,8 @@ The query is answered without torch: Flower starts a process for every message, 
 would cost each of them seconds.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -35,10 +37,11 @@ def train(message: Message, context: Context) -> Message:
     from rankfit.client.trainer import Job
     from rankfit.client.trainer import train as train_job
 
+    report = _report(context)
+    _see_only(report)
     workspace = _workspace(context)
     config = cast(ConfigRecord, message.content["plan"])
     workspace.check_base(str(config["fingerprint"]))
-    report = _report(context)
     job = Job(
         client=str(config["client"]),
         round=cast(int, config["round"]),
@@ -78,6 +81,12 @@ def _settings(context: Context) -> RunSettings:
 
 def _report(context: Context) -> DeviceReport:
     return device_report(context.node_config, _settings(context), node_id=context.node_id)
+
+
+def _see_only(report: DeviceReport) -> None:
+    """Let CUDA see just the GPU that was measured, while it has not looked yet."""
+    if report.uuid and "torch" not in sys.modules:
+        os.environ["CUDA_VISIBLE_DEVICES"] = report.uuid
 
 
 def _workspace(context: Context) -> "Workspace":

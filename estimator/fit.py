@@ -7,12 +7,14 @@ from typing import Self
 import torch
 from transformers import PreTrainedConfig
 
-from rankfit.configs.settings import RunSettings, split_list
+from rankfit.adapters.names import Moves
+from rankfit.configs.settings import RunSettings
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.memory import Footprint, tail_ranks
 from rankfit.estimator.network import Payload
-from rankfit.estimator.plan import Binding, Moves, Plan
+from rankfit.estimator.plan import Binding, Plan
 from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.search import Step, steps
 from rankfit.estimator.spec import InputSpec, StepSpec, canonical
 from rankfit.estimator.trace import Breakdown
 from rankfit.estimator.tracer import TraceCache
@@ -20,19 +22,6 @@ from rankfit.tasks import models
 from rankfit.tasks.task import TensorSpec
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the plan search."""
-
-    micro_batch: int
-    accumulation: int
-    checkpointing: bool
-
-    def __str__(self) -> str:
-        text = f"micro-batch {self.micro_batch}"
-        return text + (" with checkpointing" if self.checkpointing else "")
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,7 @@ class Estimator:
         self.payload = payload
         self.settings = settings
         self.phases = tuple(phases)
-        self.can_checkpoint = can_checkpoint
+        self.steps = steps(settings, can_checkpoint=can_checkpoint)
         self.traces = TraceCache() if traces is None else traces
 
     @classmethod
@@ -178,19 +167,6 @@ class Estimator:
             traces=traces,
         )
 
-    def steps(self) -> list[Step]:
-        """Steps of the search, cheapest in training time first, that the run config allows."""
-        search = split_list(self.settings.plan.search)
-        batch = self.settings.train.batch_size
-        sizes = halvings(batch) if "micro-batch" in search else [batch]
-        configured = self.settings.train.gradient_checkpointing
-        checkpointing = [configured]
-        if "checkpointing" in search and self.can_checkpoint and not configured:
-            checkpointing.append(True)
-        return [
-            Step(size, batch // size, checkpoint) for checkpoint in checkpointing for size in sizes
-        ]
-
     def fit(
         self,
         report: DeviceReport,
@@ -222,7 +198,7 @@ class Estimator:
         if limit < least:
             return self._too_slow(report, upload, download)
         tail = settings.method.tail and (download is None or download >= cap)
-        for step in self.steps():
+        for step in self.steps:
             rank, total = self._largest(report, terms, step, limit, budget, tail)
             if rank < least:
                 continue
@@ -344,7 +320,7 @@ class Estimator:
         least = self.settings.plan.min_rank
         needs = {
             step: self.footprint(report, step, calibration=terms).expected(least, 0, budget)
-            for step in self.steps()
+            for step in self.steps
         }
         step = min(needs, key=lambda key: needs[key])
         spare = report.budget_bytes - budget
@@ -362,15 +338,6 @@ def inputs_of(batch: Mapping[str, TensorSpec | torch.Tensor]) -> tuple[InputSpec
         InputSpec(name, tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
         for name, tensor in batch.items()
     )
-
-
-def halvings(batch: int) -> list[int]:
-    """Micro-batches to try: divisors of the batch, each at most half of the one before."""
-    sizes = [batch]
-    for size in range(batch // 2, 0, -1):
-        if batch % size == 0 and size <= sizes[-1] // 2:
-            sizes.append(size)
-    return sizes
 
 
 def _binding(bounds: Bounds, limit: int) -> Binding:

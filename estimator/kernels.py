@@ -121,9 +121,10 @@ def _flash_scratch(args: tuple[Any, ...]) -> int:
 
 
 def _efficient_scratch(args: tuple[Any, ...]) -> int:
-    """Row sums delta: B·H·S·4 bytes."""
-    batch, heads, length, _ = args[1].shape
-    return int(batch * heads * length * 4)
+    """Row sums delta: B·H·S·4 bytes; in full precision also the product that is summed."""
+    batch, heads, length, width = args[1].shape
+    rows = int(batch * heads * length)
+    return rows * 4 * (1 + width if args[1].dtype == torch.float32 else 1)
 
 
 #: Bytes that a kernel takes and gives back inside one call (from the kernels' sources).

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ALL_DEVICES = frozenset({"cpu", "meta", "cuda"})
 
 
-class LiveMemory(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context in which every tensor storage is counted from its allocation to its release.
 
     A storage counts once whatever the number of its views, with its bytes as asked for (no
@@ -44,7 +44,7 @@ class LiveMemory(TorchDispatchMode):
     def __init__(
         self, *, cap_bytes: int | None = None, devices: frozenset[str] = ALL_DEVICES
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if cap_bytes is not None and cap_bytes <= 0:
             raise ValueError(f"cap_bytes is {cap_bytes}; expected bytes above 0, or None")
         self.cap_bytes = cap_bytes

@@ -7,8 +7,8 @@ from typing import Self
 
 from torch import nn
 
+from rankfit.adapters.names import Moves
 from rankfit.adapters.wire import WIRE_BYTES
-from rankfit.estimator.plan import Moves
 
 
 def link_bytes(seconds: float, mbps: float) -> float:

@@ -1,6 +1,8 @@
 """One recording: every allocation and release of a training step on meta tensors."""
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +45,7 @@ class Recording:
     state: list[int]
 
 
-class Recorder(LiveMemory):
+class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
     """Live memory that remembers; also answers for the data that meta tensors do not have."""
 
     def __init__(self, spec: StepSpec) -> None:
@@ -121,7 +123,7 @@ def record(
     recorder = Recorder(spec)
     recorder.baseline(model)
     trained = [recorder.index(p) for p in model.parameters() if p.requires_grad]
-    with kernels(spec.accelerator), recorder:
+    with _collector_paused(), kernels(spec.accelerator), recorder:
         optimizer = run_steps(spec, model, lambda: meta_batch(spec), recorder.enter)
     state = [
         recorder.index(value)
@@ -131,3 +133,15 @@ def record(
     ]
     # What dies with this function is no part of the step.
     return Recording(list(recorder.allocations), list(recorder.events), trained, state)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from releasing tensors at a moment that differs between runs."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

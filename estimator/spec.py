@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from rankfit.estimator.plan import Moves
+from rankfit.adapters.names import Moves
 from rankfit.estimator.report import Accelerator
 
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "sgd"]
+Kind = Literal["image-classification", "text-classification"]
 
 #: Bytes of one number.
 DTYPE_BYTES = {
@@ -59,7 +60,7 @@ class StepSpec:
     config : str
         Model config as canonical JSON (:func:`canonical`).
     kind : str
-        Task kind, ``image-classification`` or ``text-classification``.
+        Task kind.
     accelerator : {"cuda", "cpu"}
         Whose kernels are traced.
     targets, heads : tuple of str
@@ -83,7 +84,7 @@ class StepSpec:
     """
 
     config: str
-    kind: str
+    kind: Kind
     accelerator: Accelerator
     targets: tuple[str, ...]
     inputs: tuple[InputSpec, ...]
@@ -102,6 +103,7 @@ class StepSpec:
 
     def __post_init__(self) -> None:
         choices = {
+            "kind": (self.kind, ("image-classification", "text-classification")),
             "accelerator": (self.accelerator, ("cuda", "cpu")),
             "attention": (self.attention, ("sdpa", "eager")),
             "precision": (self.precision, ("fp32", "bf16")),

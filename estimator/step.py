@@ -1,15 +1,18 @@
 """The training step that is estimated, run on whatever device its model lies on."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from rankfit.estimator.spec import StepSpec
 from rankfit.tasks import models
+from rankfit.tasks.adapted import train_only
 
 Phase = Literal["load", "forward", "backward", "optimizer"]
 
@@ -64,18 +67,20 @@ def make_optimizer(spec: StepSpec, trained: list[nn.Parameter]) -> torch.optim.O
 
 
 def meta_batch(spec: StepSpec) -> dict[str, Tensor]:
-    """Build an empty batch of the spec's shapes on the meta device."""
-    return {
-        item.name: torch.empty(
-            (spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype), device="meta"
-        )
-        for item in spec.inputs
-    }
+    """Build an empty batch of the spec's shapes on the meta device, floats in the base's type."""
+    batch = {}
+    for item in spec.inputs:
+        dtype = getattr(torch, item.dtype)
+        if dtype.is_floating_point and spec.precision == "bf16":
+            dtype = torch.bfloat16
+        shape = (spec.micro_batch, *item.shape)
+        batch[item.name] = torch.empty(shape, dtype=dtype, device="meta")
+    return batch
 
 
 def build(
     spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
-) -> nn.Module:
+) -> PeftModel:
     """Build base, adapters and heads of a step on the meta device, in training mode.
 
     Raises
@@ -83,23 +88,20 @@ def build(
     ModelError
         If a module cannot be adapted or the architecture has no such classifier.
     """
-    values = json.loads(spec.config)
-    config = AutoConfig.for_model(**values)
+    config = AutoConfig.for_model(**json.loads(spec.config))
     if spec.checkpointing:
         config.use_cache = False  # as the model does itself, with a warning
     base = models.build_empty(config, spec.kind, attention=spec.attention, precision=spec.precision)
     model = models.inject(
         base, ranks, scale=1.0, dropout=spec.dropout, heads=spec.heads, tail_ranks=tail_ranks
     )
-    return prepare(spec, model)
-
-
-def prepare(spec: StepSpec, model: nn.Module) -> nn.Module:
-    """Freeze the factor that does not move, switch checkpointing on, and go to training mode."""
-    frozen = {"both": (), "a": (".lora_B.",), "b": (".lora_A.",)}[spec.moves]
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in frozen):
-            parameter.requires_grad_(False)
+    if spec.moves != "both":
+        train_only(model, spec.moves)
     if spec.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            # transformers 5.23 renamed it; older ones that we support lack the new name.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprec")
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
     return model.train()

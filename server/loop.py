@@ -3,10 +3,11 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flwr.app import Message
 from flwr.serverapp import Grid
 from torch.utils.tensorboard import SummaryWriter
 
@@ -14,6 +15,7 @@ from rankfit.adapters.state import Adapter, initial
 from rankfit.configs.seeds import derive
 from rankfit.configs.settings import RunSettings
 from rankfit.estimator.fit import Estimator, inputs_of
+from rankfit.estimator.plan import Plan
 from rankfit.server import tables
 from rankfit.server.evaluation import Evaluator
 from rankfit.server.logs import console
@@ -32,6 +34,7 @@ from rankfit.strategies.planning import Planner
 from rankfit.tasks.adapted import head_tensors, target_shapes
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import fingerprint, head_modules, load_base, target_modules
+from rankfit.tasks.partition import partition
 
 log = logging.getLogger(__name__)
 
@@ -53,29 +56,32 @@ def federate(grid: Grid, settings: RunSettings) -> Adapter:
 
     Raises
     ------
-    ConfigError, ModelError, DataError
+    ConfigError, ModelError, DataError, PartitionError
         For settings, a model or data that cannot be used; before any training.
     FleetError
         If too few clients that can train are there in time.
     """
     federation = build(settings)
     directory, strategy = federation.directory, federation.strategy
-    checkpoint = directory.load()
-    if checkpoint is None:
-        strategy.summary()
-        checkpoint = _round_zero(federation)
-    else:
-        strategy.planner.restore(checkpoint.strategy)
+    checkpoint = directory.load() if settings.run.resume else None
+    if checkpoint is not None:
         log.info("resuming %s after round %d", directory.path, checkpoint.round)
-    adapter = checkpoint.adapter
-    shown: dict[str, Any] = {}
-    with SummaryWriter(directory.path / "events", purge_step=checkpoint.round + 1) as events:
-        for number in range(checkpoint.round + 1, settings.run.rounds + 1):
-            adapter, line = play_round(federation, grid, adapter, number)
+        strategy.planner.restore(checkpoint.strategy)
+    strategy.summary()
+    strategy.prepare(grid, 0)  # a fleet that cannot train is refused before anything is written
+    directory.create()
+    if checkpoint is None:
+        checkpoint = _round_zero(federation)
+    adapter, first = checkpoint.adapter, checkpoint.round + 1
+    known: dict[str, Plan] = {}
+    with SummaryWriter(directory.path / "events", purge_step=first) as events:
+        for number in range(first, settings.run.rounds + 1):
+            began = time.monotonic()
+            outgoing = strategy.open_round(number, adapter, grid)
+            known = _note_plans(federation, known, number)
+            adapter, line = play_round(federation, grid, outgoing, number)
+            line["seconds"] = round(time.monotonic() - began, 3)
             _record(federation, events, adapter, line)
-            if strategy.plans != shown:
-                shown = dict(strategy.plans)
-                console().print(tables.plans(strategy))
             log.info("%s", tables.round_line(line, settings.run.rounds))
     rounds = directory.rounds()
     write_report(directory.path, settings, rounds)
@@ -89,6 +95,8 @@ def build(settings: RunSettings) -> Federation:
     method = find(settings.method.name)
     directory = RunDirectory(settings)
     task = load_task(settings)
+    if settings.partition.kind != "local":
+        partition(task.train.labels, settings, settings.simulation.clients)
     base = load_base(settings, task.labels)
     targets = target_modules(base, settings.lora.targets)
     heads = head_modules(base) if settings.head.mode == "trained" else ()
@@ -112,17 +120,14 @@ def build(settings: RunSettings) -> Federation:
 
 
 def play_round(
-    federation: Federation, grid: Grid, adapter: Adapter, number: int
+    federation: Federation, grid: Grid, outgoing: Sequence[Message], number: int
 ) -> tuple[Adapter, dict[str, Any]]:
-    """Train, merge and evaluate one round; return the next adapter and the round's line."""
+    """Train, merge and evaluate an opened round; return the next adapter and the round's line."""
     began = time.monotonic()
     strategy, settings = federation.strategy, federation.settings
-    before = strategy.plans
-    outgoing = strategy.open_round(number, adapter, grid)
-    federation.directory.append_plans(_plan_lines(strategy, before, number))
     # Replies are folded in the order of the messages, so that rounding does not depend on who
     # answers first and two runs of one seed agree to the last bit.
-    early = {}
+    early: dict[int, Message] = {}
     next_position = 0
     for position, reply in exchange(grid, outgoing, settings.server.round_timeout_seconds):
         early[position] = reply
@@ -132,13 +137,11 @@ def play_round(
     for position in sorted(early):
         strategy.fold(position, early[position])
     adapter, outcomes = strategy.close_round()
-    trained = time.monotonic()
     line: dict[str, Any] = {"round": number, **summarise(outcomes)}
+    line["train-seconds"] = round(time.monotonic() - began, 3)
     if number % settings.server.evaluate_every == 0 or number == settings.run.rounds:
         line["evaluation"] = _evaluate(federation, grid, adapter, number)
     line["clients"] = {outcome.client: _client_line(outcome) for outcome in outcomes}
-    line["train-seconds"] = round(trained - began, 3)
-    line["seconds"] = round(time.monotonic() - began, 3)
     return adapter, line
 
 
@@ -186,19 +189,23 @@ def _record(
     events.flush()
 
 
-def _plan_lines(
-    strategy: HeterogeneousLora, before: Mapping[str, object], number: int
-) -> Iterable[dict[str, Any]]:
-    """Give one line for each client whose plan is new, with the report that it rests on."""
-    for client, plan in sorted(strategy.plans.items()):
-        if before.get(client) != plan:
-            device = strategy.fleet.devices[client]
-            yield {
-                "round": number,
-                "client": client,
-                "plan": plan.to_dict(),
-                "device": device.report.to_dict(),
-            }
+def _note_plans(federation: Federation, known: Mapping[str, Plan], number: int) -> dict[str, Plan]:
+    """Write down and show the plans that are new, with the reports that they rest on."""
+    strategy = federation.strategy
+    if strategy.plans == known:
+        return dict(known)
+    federation.directory.append_plans(
+        {
+            "round": number,
+            "client": client,
+            "plan": plan.to_dict(),
+            "device": strategy.fleet.devices[client].report.to_dict(),
+        }
+        for client, plan in sorted(strategy.plans.items())
+        if known.get(client) != plan
+    )
+    console().print(tables.plans(strategy))
+    return dict(strategy.plans)
 
 
 def _client_line(outcome: Outcome) -> dict[str, Any]:

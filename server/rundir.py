@@ -68,8 +68,11 @@ class RunDirectory:
             )
         if settings.run.resume:
             self._check_same(config)
+
+    def create(self) -> None:
+        """Make the folder, with the settings in it. Called when the run is sure to start."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(config, tomli_w.dumps(nest(to_flat(settings))))
+        _write_atomically(self.path / "config.toml", tomli_w.dumps(nest(to_flat(self.settings))))
 
     def append_plans(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``plans.jsonl``."""

@@ -93,8 +93,8 @@ class HeterogeneousLora(Strategy):
         self.plans: dict[str, Plan] = {}
         self._round: TrainingRound | None = None
 
-    def prepare(self, grid: Grid, server_round: int) -> dict[str, Plan]:
-        """Wait for enough devices that can train, and plan all; return the plans that are new.
+    def prepare(self, grid: Grid, server_round: int) -> None:
+        """Wait for enough devices that can train, and plan for all of them.
 
         Raises
         ------
@@ -102,7 +102,6 @@ class HeterogeneousLora(Strategy):
             If too few clients are there in time.
         """
         server = self.settings.server
-        before = self.plans
 
         def ready() -> int:
             reports = {name: device.report for name, device in self.fleet.devices.items()}
@@ -110,7 +109,6 @@ class HeterogeneousLora(Strategy):
             return len(self.plans)
 
         self.fleet.wait(grid, server_round, ready, server.min_clients, server.wait_seconds)
-        return {name: plan for name, plan in self.plans.items() if before.get(name) != plan}
 
     def open_round(self, server_round: int, adapter: Adapter, grid: Grid) -> list[Message]:
         """Plan, sample, and build one message for each sampled client.

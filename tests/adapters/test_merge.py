@@ -73,7 +73,8 @@ def federations(draw: st.DrawFn) -> tuple[Adapter, list[Update]]:
         given_part = start.cut({MODULE: own})
         before = given_part.factors[MODULE]
         after = Factors(before.b + 0.3 * moved.b, before.a + 0.3 * moved.a)
-        updates.append(Update(given_part, adapter(after, own_scale), float(draw(st.integers(1, 500)))))
+        samples = float(draw(st.integers(1, 500)))
+        updates.append(Update(given_part, adapter(after, own_scale), samples))
     return start, updates
 
 

@@ -104,25 +104,26 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         yield started
 
 
-def start_strangers(running: Deployment) -> list[Process]:
-    """SuperNodes that must be refused: key not registered, no key, no TLS, another authority."""
+def start_strangers(running: Deployment) -> dict[str, Process]:
+    """SuperNodes that must be refused, by the words in which they say so."""
     running.make_key("unregistered")
     other = running.folder / "other"
     make_credentials(other)
-    address = f"--superlink=127.0.0.1:{running.port}"
+    key = f"--auth-supernode-private-key={running.credentials / 'unregistered'}"
     authority = f"--root-certificates={running.credentials / 'ca.crt'}"
-    bounded = ("--max-retries=1", "--max-wait-time=20")
-    return [
-        running.start_supernode("unregistered", 'client-name="three"'),
-        running.start(
-            "keyless", "flower-supernode", address, authority, f"--port={free_port()}", *bounded
-        ),
-        running.start(
-            "insecure", "flower-supernode", address, "--insecure", f"--port={free_port()}", *bounded
-        ),
-        # argparse takes the last of two equal flags
-        running.start_supernode("unregistered", "", f"--root-certificates={other / 'ca.crt'}"),
-    ]
+    flags = {
+        "Failed to activate SuperNode": (authority, key),
+        "SuperNode authentication is enabled": (authority,),
+        "CERTIFICATE_VERIFY_FAILED": (f"--root-certificates={other / 'ca.crt'}", key),
+        "Connection attempt failed": ("--insecure", "--max-retries=1"),
+    }
+    address = f"--superlink=127.0.0.1:{running.port}"
+    return {
+        words: running.start(
+            f"stranger-{number}", "flower-supernode", address, f"--port={free_port()}", *more
+        )
+        for number, (words, more) in enumerate(flags.items())
+    }
 
 
 def test_registered_nodes_answer_and_strangers_are_refused(
@@ -142,9 +143,9 @@ def test_registered_nodes_answer_and_strangers_are_refused(
     assert {"client-name": "one", "memory-mib": 512} in replies.values()
     assert {"client-name": "two", "upload-mbps": 7.5} in replies.values()
 
-    for stranger in strangers:
-        running.wait_for(lambda one=stranger: one.popen.poll() is not None, "it ends", stranger)
-        assert stranger.popen.returncode != 0 and "Exit Code" in stranger.text()
+    for words, stranger in strangers.items():
+        stranger.popen.wait(60)
+        assert stranger.popen.returncode != 0 and words in stranger.text(), stranger.text()
     assert set(map(int, running.nodes())) == ids
 
 

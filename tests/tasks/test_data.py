@@ -5,8 +5,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PilImage
 
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import Data, RunSettings
 from rankfit.tasks.data import DataError, known_labels, read_data
+from rankfit.tasks.files import Columns, hub_parts
 
 TEXTS = [f"text {i}" for i in range(20)]
 COLOURS = ["red", "green", "blue", "amber"]
@@ -267,3 +268,18 @@ def test_shared_sets(shared_data):
     )
     assert (len(images.train), len(images.test)) == (20000, 4000)
     assert images.class_names[3] == "cat" and images.train.inputs[5].size == (32, 32)
+
+
+def test_hub_layout(tmp_path):
+    # load_dataset reads a folder laid out like a hub repository in the same way.
+    write_csv(tmp_path / "train.csv", TEXTS[:8], NAMES[:8])
+    write_csv(tmp_path / "test.csv", TEXTS[8:12], NAMES[8:12])
+    columns = Columns(("text",), "label", images=False)
+    train, test = hub_parts(Data(source=str(tmp_path)), columns)
+    assert test is not None and (len(train.inputs), len(test.inputs)) == (8, 4)
+    sliced, test = hub_parts(Data(source=str(tmp_path), train="train[:25%]", test=""), columns)
+    assert sliced.inputs == TEXTS[:2] and test is None
+    with pytest.raises(DataError, match="splits 'train' and 'later'"):
+        hub_parts(Data(source=str(tmp_path), test="later"), columns)
+    (tmp_path / "test.csv").unlink()
+    assert hub_parts(Data(source=str(tmp_path)), columns)[1] is None

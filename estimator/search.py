@@ -1,0 +1,42 @@
+"""The plan search: what may change in a training step, cheapest in training time first."""
+
+from dataclasses import dataclass
+
+from rankfit.configs.settings import RunSettings, split_list
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the plan search; every step has the same effective batch."""
+
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        text = f"micro-batch {self.micro_batch}"
+        return text + (" with checkpointing" if self.checkpointing else "")
+
+
+def steps(settings: RunSettings, *, can_checkpoint: bool) -> list[Step]:
+    """Steps that the run config allows: as configured, smaller micro-batches, then checkpointing.
+
+    Checkpointing starts again at the whole batch: it costs the same time at any micro-batch, and a
+    small micro-batch costs more.
+    """
+    search = split_list(settings.plan.search)
+    batch = settings.train.batch_size
+    sizes = halvings(batch) if "micro-batch" in search else [batch]
+    checkpointing = [settings.train.gradient_checkpointing]
+    if "checkpointing" in search and can_checkpoint and True not in checkpointing:
+        checkpointing.append(True)
+    return [Step(size, batch // size, each) for each in checkpointing for size in sizes]
+
+
+def halvings(batch: int) -> list[int]:
+    """Micro-batches to try: divisors of the batch, each at most half of the one before."""
+    sizes = [batch]
+    for size in range(batch // 2, 0, -1):
+        if batch % size == 0 and size <= sizes[-1] // 2:
+            sizes.append(size)
+    return sizes

@@ -1,0 +1,311 @@
+"""The run loop with the real ServerApp side, Strategy, ClientApp and trainer."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message
+from peft import PeftModel
+
+from rankfit.client import trainer
+from rankfit.configs.settings import ConfigError
+from rankfit.server.rundir import RunDirectory
+from rankfit.strategies.catalogue import methods
+from rankfit.tasks.adapted import predict
+from rankfit.tasks.catalogue import load_task
+from rankfit.tasks.models import load_base
+from tests.server.federation import Fault, FaultyGrid, run, settings_for
+
+VOLATILE = ("seconds", "train-seconds", "peak-memory-bytes")
+
+
+def lines(folder: Path, name: str = "rounds.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """Rounds without what may differ between two runs of one seed."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in VOLATILE}
+        return value
+
+    return [strip(line) for line in lines(folder)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three rounds that nothing disturbs."""
+    return run(settings_for(tmp_path_factory.mktemp("runs"), "plain"))
+
+
+def test_a_run_learns_at_ranks_that_differ_and_writes_its_directory(plain: Path) -> None:
+    rounds = lines(plain)
+    assert [line["round"] for line in rounds] == [0, 1, 2, 3]
+    accuracy = [line["evaluation"]["accuracy"] for line in rounds]
+    assert accuracy[-1] > accuracy[0] + 0.2
+    assert {c["rank"] for line in rounds[1:] for c in line["clients"].values()} == {1, 2, 8}
+    plans = lines(plain, "plans.jsonl")
+    assert {p["plan"]["binding"] for p in plans} == {"upload", "memory", "cap"}
+    for name in ("config.toml", "report.html", "checkpoint/adapter_model.safetensors"):
+        assert (plain / name).stat().st_size > 0
+    assert list((plain / "events").glob("events.out.tfevents.*"))
+
+
+def test_what_travels_and_what_is_measured_follows_the_rank(plain: Path) -> None:
+    """HRALoRA's published code: memory and bytes are the same at rank 1, 24 and 48."""
+    clients = lines(plain)[1]["clients"].values()
+    by_rank = {client["rank"]: client for client in clients}
+    head, unit = 4 * (64 * 10 + 10), 4 * 8 * (64 + 64)
+    for rank, client in by_rank.items():
+        assert client["upload-bytes"] == client["download-bytes"] == head + unit * rank
+    assert by_rank[2]["peak-memory-bytes"] < by_rank[8]["peak-memory-bytes"]
+
+
+def test_the_measured_peak_is_the_expected_one(plain: Path) -> None:
+    expected = {p["client"]: p["plan"]["peak-bytes"] for p in lines(plain, "plans.jsonl")}
+    for name, client in lines(plain)[1]["clients"].items():
+        assert abs(client["peak-memory-bytes"] - expected[name]) <= 1024
+
+
+def test_two_runs_of_one_seed_agree(plain: Path, tmp_path: Path) -> None:
+    assert figures(run(settings_for(tmp_path, "again"))) == figures(plain)
+
+
+def test_another_seed_gives_other_figures(plain: Path, tmp_path: Path) -> None:
+    assert figures(run(settings_for(tmp_path, "other", "run.seed=1"))) != figures(plain)
+
+
+def test_a_run_that_dies_in_a_round_resumes_with_the_same_figures(
+    plain: Path, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(message: Message, reply: Message) -> Message:
+        if message.metadata.group_id == "2":
+            raise Killed
+        return reply
+
+    with pytest.raises(Killed):
+        run(settings_for(tmp_path, "cut"), {2: die})
+    assert [line["round"] for line in lines(tmp_path / "cut")] == [0, 1]
+    resumed = run(settings_for(tmp_path, "cut", "run.resume=true"))
+    assert figures(resumed) == figures(plain)
+
+
+def test_a_line_written_after_the_last_checkpoint_is_dropped_on_resume(
+    plain: Path, tmp_path: Path
+) -> None:
+    folder = run(settings_for(tmp_path, "cut", "run.rounds=2"))
+    with (folder / "rounds.jsonl").open("a") as out:
+        out.write('{"round": 3, "half": tr')
+    assert figures(run(settings_for(tmp_path, "cut", "run.resume=true"))) == figures(plain)
+
+
+def test_peft_loads_the_checkpoint_with_the_same_accuracy(plain: Path) -> None:
+    settings = settings_for(plain.parent, "plain")
+    task = load_task(settings)
+    model = PeftModel.from_pretrained(load_base(settings, task.labels), str(plain / "checkpoint"))
+    logits, labels = predict(model, [task.test.collate(range(len(task.test)))], torch.device("cpu"))
+    assert task.metrics(logits, labels)["accuracy"] == pytest.approx(
+        lines(plain)[-1]["evaluation"]["accuracy"]
+    )
+
+
+def raises(message: Message, reply: Message) -> Message:
+    raise RuntimeError("the disk of this client is full")
+
+
+def silent(message: Message, reply: Message) -> None:
+    return None
+
+
+def edited(change: Any) -> Fault:
+    """Change the arrays of an update."""
+
+    def fault(message: Message, reply: Message) -> Message:
+        record = reply.content.array_records["adapter"]
+        arrays = {name: array.numpy().copy() for name, array in record.items()}
+        change(arrays)
+        reply.content["adapter"] = ArrayRecord({n: Array(a) for n, a in arrays.items()})
+        return reply
+
+    return fault
+
+
+def to_nan(arrays: dict[str, Any]) -> None:
+    next(iter(arrays.values()))[0, 0] = float("nan")
+
+
+def to_rank_one(arrays: dict[str, Any]) -> None:
+    name = next(name for name in arrays if name.endswith("lora_A.weight"))
+    arrays[name] = arrays[name][:1]
+
+
+def without_one(arrays: dict[str, Any]) -> None:
+    arrays.pop(next(iter(arrays)))
+
+
+def with_a_foreign_one(arrays: dict[str, Any]) -> None:
+    arrays["base_model.model.evil.lora_A.weight"] = next(iter(arrays.values()))
+
+
+def to_float64(arrays: dict[str, Any]) -> None:
+    name = next(iter(arrays))
+    arrays[name] = arrays[name].astype("float64")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (raises, "it raised an error: RuntimeError: the disk of this client is full"),
+        (silent, "no answer before the deadline"),
+        (edited(to_nan), "not finite"),
+        (edited(to_rank_one), "has shape (1, 64); the plan asks for (8, 64)"),
+        (edited(without_one), "1 missing"),
+        (edited(with_a_foreign_one), "holds unasked base_model.model.evil.lora_A.weight"),
+        (edited(to_float64), "float64"),
+    ],
+    ids=["raises", "silent", "nan", "shape", "missing", "foreign", "type"],
+)
+def test_a_bad_client_costs_its_own_update_only_and_a_line_says_so(
+    fault: Fault, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("rankfit").propagate = True
+    settings = settings_for(tmp_path, "bad", "run.rounds=1", "server.round-timeout-seconds=6.0")
+    with caplog.at_level("WARNING"):
+        line = lines(run(settings, {2: fault}))[-1]
+    assert line["updates"] == 3 and line["dropped"] == 1
+    assert reason in line["clients"]["partition-2"]["reason"]
+    assert any("update of partition-2 dropped" in r.getMessage() for r in caplog.records)
+    assert all(line["clients"][f"partition-{i}"]["merged"] for i in (0, 1, 3))
+    assert line["evaluation"]["accuracy"] > 0.1
+
+
+def test_a_bad_update_leaves_the_same_adapter_as_no_update(tmp_path: Path) -> None:
+    quick = ("run.rounds=1", "server.round-timeout-seconds=6.0")
+    bad = run(settings_for(tmp_path, "nan", *quick), {2: edited(to_nan)})
+    none = run(settings_for(tmp_path, "none", *quick), {2: silent})
+    assert lines(bad)[-1]["evaluation"] == lines(none)[-1]["evaluation"]
+
+
+def test_a_round_in_which_every_client_fails_keeps_the_adapter(tmp_path: Path) -> None:
+    folder = run(settings_for(tmp_path, "all", "run.rounds=1"), dict.fromkeys(range(4), raises))
+    start, end = lines(folder)
+    assert end["updates"] == 0 and end["evaluation"] == start["evaluation"]
+
+
+def test_out_of_memory_loses_no_client_and_the_next_plan_is_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device of partition 2 has less than it declared: its cap is cut behind its back."""
+    train = trainer.train
+
+    def cut(workspace: Any, job: trainer.Job) -> trainer.Trained:
+        if job.client == "partition-2":
+            job = trainer.replace(job, cap_bytes=int(5.9 * 2**20))
+        return train(workspace, job)
+
+    monkeypatch.setattr(trainer, "train", cut)
+    folder = run(settings_for(tmp_path, "oom"))
+    first, second = (line["clients"]["partition-2"] for line in lines(folder)[1:3])
+    assert first["merged"] and first["out-of-memory"] >= 1 and first["micro-batch"] == 16
+    assert second["merged"] and "out-of-memory" not in second
+    peaks = [
+        p["plan"]["peak-bytes"]
+        for p in lines(folder, "plans.jsonl")
+        if p["client"] == "partition-2"
+    ]
+    assert len(peaks) >= 2 and peaks[1] < peaks[0]
+
+
+def test_what_was_learnt_from_out_of_memory_survives_a_resume(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "kept", "run.rounds=1")
+    folder = run(settings)
+    checkpoint = RunDirectory(settings_for(tmp_path, "kept", "run.resume=true")).load()
+    assert checkpoint is not None and checkpoint.round == 1
+    assert checkpoint.strategy == {"ceilings": {}}
+    assert (folder / "checkpoint").is_symlink()
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_every_method_learns(method: str, tmp_path: Path) -> None:
+    folder = run(settings_for(tmp_path, method, f"method.name={method}", "run.rounds=4"))
+    accuracy = [line["evaluation"]["accuracy"] for line in lines(folder)]
+    assert accuracy[-1] > accuracy[0] + 0.2
+    ranks = {c["rank"] for c in lines(folder)[1]["clients"].values()}
+    # Half the bytes come back when one factor moves, so the same links carry higher ranks.
+    assert ranks == {"fedit": {1}, "alternating": {2, 5, 8}}.get(method, {1, 2, 8})
+
+
+def test_the_tail_gives_low_rank_clients_the_whole_adapter(tmp_path: Path) -> None:
+    folder = run(settings_for(tmp_path, "tail", "method.tail=true"))
+    plans = {p["client"]: p["plan"] for p in lines(folder, "plans.jsonl")}
+    assert plans["partition-1"]["tail-rank"] == 8
+    client = lines(folder)[1]["clients"]["partition-1"]
+    assert client["download-bytes"] > client["upload-bytes"]
+    accuracy = [line["evaluation"]["accuracy"] for line in lines(folder)]
+    assert accuracy[-1] > accuracy[0] + 0.2
+
+
+def test_alternating_sends_back_one_factor(tmp_path: Path) -> None:
+    folder = run(settings_for(tmp_path, "half", "method.name=alternating", "run.rounds=2"))
+    head = 4 * (64 * 10 + 10)
+    for line in lines(folder)[1:]:
+        for client in line["clients"].values():
+            both = client["download-bytes"] - head
+            assert client["upload-bytes"] - head == both // 2
+
+
+@pytest.mark.parametrize("wire", ["float16", "bfloat16"])
+def test_half_the_bytes_on_the_wire_learn_as_well(wire: str, tmp_path: Path, plain: Path) -> None:
+    folder = run(settings_for(tmp_path, wire, f"wire.dtype={wire}"))
+    whole, half = lines(plain)[-1], lines(folder)[-1]
+    assert half["evaluation"]["accuracy"] == pytest.approx(
+        whole["evaluation"]["accuracy"], abs=0.08
+    )
+
+
+def test_clients_can_evaluate_in_the_servers_place(tmp_path: Path) -> None:
+    folder = run(settings_for(tmp_path, "local", "server.evaluate=clients", "run.rounds=2"))
+    rounds = lines(folder)
+    assert "evaluation" not in rounds[0]
+    assert rounds[2]["evaluation"]["accuracy"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method.name=flexlore",), "did you mean 'flexlora'"),
+        (("lora.rank=65", "lora.alpha=65.0"), "lora.rank 65 is above the rank that"),
+        (("lora.targets=nothing",), "nothing"),
+        (('fleet.memory-mib="0.5"',), "needs .* MiB at rank 1.*has 0.5 MiB"),
+        (("data.source=no/such/file.csv",), "no/such/file.csv"),
+        (("model.source=no/such-model",), "no/such-model"),
+        (("partition.min-samples=5000",), "partition.min-samples"),
+    ],
+    ids=["method", "rank", "targets", "memory", "data", "model", "partition"],
+)
+def test_bad_input_is_one_clear_error_before_any_training(
+    overrides: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(settings_for(tmp_path, "bad", *overrides))
+    assert not (tmp_path / "bad").exists(), "a corrected run may take the same name"
+
+
+def test_a_run_is_never_written_over(plain: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run(settings_for(plain.parent, "plain"))
+
+
+def test_a_resumed_run_keeps_its_settings(plain: Path) -> None:
+    changed = settings_for(plain.parent, "plain", "run.resume=true", "lora.alpha=4.0")
+    with pytest.raises(ConfigError, match="lora.alpha was 8.0, is 4.0"):
+        FaultyGrid(changed, {})
+        run(changed)
