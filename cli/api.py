@@ -52,12 +52,14 @@ def submit(settings: RunSettings, superlink: str | None) -> Path:
     from rankfit.strategies.catalogue import find
 
     find(settings.method.name)
-    directory = Path(settings.run.directory).expanduser().resolve()
-    settings = settings.model_copy(
-        update={"run": settings.run.model_copy(update={"directory": str(directory)})}
-    )
+    directory = Path(settings.run.directory).expanduser()
+    if superlink is None:
+        # Flower's processes work elsewhere; on a SuperLink's machine the path is that machine's.
+        directory = directory.resolve()
+        run_table = settings.run.model_copy(update={"directory": str(directory)})
+        settings = settings.model_copy(update={"run": run_table})
     path = directory / settings.run.name
-    if (path / "config.toml").exists() and not settings.run.resume:
+    if superlink is None and (path / "config.toml").exists() and not settings.run.resume:
         raise ConfigError(
             f"{path} holds a run already: give another run.name, or continue it with "
             f"`rankfit resume {path}`"

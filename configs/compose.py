@@ -1,7 +1,7 @@
 """Presets: TOML files of settings that are laid over one another into one run config.
 
-A preset sets only what it is about (a task, a split, a method, a fleet). Later presets and
-``key=value`` overrides win.
+A preset sets only what it is about (a task, a split, a method, a fleet); ``include = ["other"]`` at
+its top lays it over others. Later presets and ``key=value`` overrides win.
 """
 
 import difflib
@@ -56,6 +56,8 @@ def read_preset(name: str) -> dict[str, Scalar]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not a TOML file: {error}") from error
     flat: dict[str, Scalar] = {}
+    for base in _included(tables, file):
+        flat |= read_preset(base)
     for table, keys in tables.items():
         if "." in table and not isinstance(keys, Mapping):
             flat[table] = keys  # "table.key" = value, as Flower's own run configs are written
@@ -90,6 +92,16 @@ def parse_override(text: str) -> dict[str, Scalar]:
         expected = type(known[key]).__name__
         raise ConfigError(f"{key}: expected {expected}, got {value!r}") from error
     return {key: parsed}
+
+
+def _included(tables: dict[str, object], file: Path) -> list[str]:
+    """Take the names of the presets below this one out of its tables."""
+    names = tables.pop("include", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{file}: include is {names!r}; expected a list of presets")
+    if file.stem in names:
+        raise ConfigError(f"{file} includes itself")
+    return names
 
 
 def _unknown_preset(name: str) -> str:

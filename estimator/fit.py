@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from rankfit.adapters.names import Moves
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.memory import Footprint, tail_ranks
 from rankfit.estimator.network import Payload
@@ -85,6 +85,11 @@ class Estimator:
         Whether the model offers gradient checkpointing.
     traces : TraceCache, optional
         Shared with other estimators.
+
+    Raises
+    ------
+    ConfigError
+        If ``plan.min-rank`` is above ``lora.rank``.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class Estimator:
         if not phases:
             raise ValueError("phases are empty; expected at least one of both, a, b")
         if settings.plan.min_rank > settings.lora.rank:
-            raise ValueError(
+            raise ConfigError(
                 f"plan.min-rank {settings.plan.min_rank} is above lora.rank {settings.lora.rank}; "
                 "set it to at most lora.rank"
             )

@@ -76,7 +76,7 @@ def _attention_cuda(
 
 
 def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Additive bias of the efficient kernel: float, rows padded to 16 bytes, expanded."""
+    """Additive bias of the efficient kernel: float, rows padded to 8 numbers, expanded."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     short = -mask.shape[-1] % 8

@@ -156,6 +156,7 @@ def main() -> None:
     digest = store(CONFIG, backbone_state(model), options.output)
 
     table = Table("figure", "value", title="font-vit")
+    table.columns[1].overflow = "fold"
     table.add_row("rendered characters, accuracy over 62 classes", f"{validation:.3f}")
     table.add_row("real handwriting, untouched", f"{accuracy(model, *handwriting()):.3f}")
     table.add_row("parameters", f"{sum(p.numel() for p in model.vit.parameters())}")

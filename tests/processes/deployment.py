@@ -327,12 +327,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Processes of this user that inherited the mark."""
+def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
+    """Processes of this user that inherited the mark in an environment variable."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(variable) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             continue
