@@ -13,8 +13,8 @@ from rich.table import Table
 from rankfit import __version__
 from rankfit.cli import api
 from rankfit.cli.flower import FlowerError
-from rankfit.configs.compose import preset_names
-from rankfit.configs.settings import ConfigError
+from rankfit.configs.compose import compose, preset_names
+from rankfit.configs.settings import ConfigError, to_flat
 
 app = typer.Typer(
     add_completion=False,
@@ -63,6 +63,18 @@ def presets() -> None:
     """List the presets that come with RankFit."""
     for name in preset_names():
         typer.echo(name)
+
+
+@app.command()
+def settings(
+    parts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PRESET… KEY=VALUE…]", show_default=False)
+    ] = None,
+) -> None:
+    """List every setting with its value, as presets and overrides leave it."""
+    composed = to_flat(compose(parts or []))
+    for key, value in composed.items():
+        typer.echo(f"{key} = {value!r}" if isinstance(value, str) else f"{key} = {value}")
 
 
 @app.command()

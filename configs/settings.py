@@ -229,6 +229,25 @@ class Server(Table):
     max_update_norm: NonNegative = 0.0
 
 
+class Client(Table):
+    """The client process of a deployment; see docs/warm-client.md."""
+
+    #: Keep the model in a worker between messages. ``auto``: where Flower starts a process for
+    #: every message (``flwr-clientapp``), and never in a simulation.
+    warm: Literal["auto", "on", "off"] = "auto"
+    #: Load base and data as soon as the query was answered, while the server still plans.
+    prefetch: bool = True
+    #: False: the base waits in host memory between messages and leaves the GPU to others.
+    keep_base_on_device: bool = True
+    #: A worker that gets no message for this long ends.
+    idle_seconds: PositiveFloat = 600.0
+    #: A second run on the same SuperNode gets a worker of its ``own``, or must ``wait`` until the
+    #: first one's is between two messages, which then ends.
+    second_run: Literal["own", "wait"] = "own"
+    #: Largest message between messenger and worker.
+    message_mib: PositiveFloat = 4096.0
+
+
 class Simulation(Table):
     """Size of a simulation; not read in a deployment."""
 
@@ -253,6 +272,7 @@ class RunSettings(Table):
     fleet: Fleet = Fleet()
     wire: Wire = Wire()
     server: Server = Server()
+    client: Client = Client()
     simulation: Simulation = Simulation()
 
 
@@ -282,7 +302,7 @@ def from_flat(flat: Mapping[str, Scalar]) -> RunSettings:
     for key, value in flat.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; see docs/settings.md"
+            hint = f"; did you mean {near[0]!r}?" if near else " (`rankfit settings` lists all)"
             raise ConfigError(f"unknown setting {key!r}{hint}")
         table, _, name = key.partition(".")
         nested.setdefault(table, {})[name] = value

@@ -1,0 +1,124 @@
+"""The command: one line for an error that a user can mend, and what it gives to Flower."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rankfit.cli import api
+from rankfit.cli.flower import (
+    FlowerError,
+    app_directory,
+    environment,
+    federation_config,
+    flower_command,
+)
+from rankfit.configs.compose import compose
+from rankfit.configs.settings import ConfigError
+
+
+def rankfit(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "rankfit.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "quikstart"), "unknown preset 'quikstart'; did you mean 'quickstart'?"),
+        (("run", "quickstart", "method.name=fedavg"), "unknown method 'fedavg'"),
+        (("run", "quickstart", "run.round=3"), "did you mean 'run.rounds'"),
+        (("resume", "no/such/run"), "holds no run"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    done = rankfit(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_directory_in_use_is_refused_before_flower_starts(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.toml").write_text("")
+    with pytest.raises(ConfigError, match="rankfit resume"):
+        api.run("quickstart", f"run.directory={tmp_path}", "run.name=taken")
+
+
+def test_presets_settings_and_methods_are_listed() -> None:
+    assert "quickstart" in rankfit("presets").stdout
+    assert "lora.rank = 8" in rankfit("settings", "quickstart").stdout
+    assert "FlexLoRA" in rankfit("methods").stdout
+
+
+def test_a_simulation_is_sized_by_the_settings() -> None:
+    settings = compose(["quickstart", "simulation.clients=5", "simulation.gpus-per-client=0.25"])
+    assert federation_config(settings) == (
+        "num-supernodes=5 client-resources-num-cpus=1 client-resources-num-gpus=0.25"
+    )
+
+
+def test_a_users_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    made = environment(threads=3)
+    assert made["FLWR_TELEMETRY_ENABLED"] == "1"
+    assert made["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    assert made["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_missing_flower_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FlowerError, match="no-such-flwr is not installed"):
+        flower_command("no-such-flwr")
+
+
+def test_the_installed_wheel_lays_out_the_same_app(tmp_path: Path) -> None:
+    """From a wheel there is no checkout: the app that Flower bundles is put together from it."""
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
+            "--target", str(tmp_path / "installed"), str(Path(__file__).parents[2]),
+        ],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    script = (
+        "import sys, shutil; from rankfit.cli.flower import app_directory\n"
+        "with app_directory() as app: shutil.copytree(app, sys.argv[1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    laid_out = tmp_path / "app"
+    subprocess.run(
+        [sys.executable, "-c", script, str(laid_out)],
+        check=True, env=environment, cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    built = [_bundle(app, tmp_path / name) for app, name in _apps(laid_out)]
+    assert built[0] == built[1]
+    config = tomllib.loads((laid_out / "pyproject.toml").read_text())
+    assert config["tool"]["flwr"]["app"]["components"]["serverapp"] == "rankfit.server.app:app"
+
+
+def _apps(laid_out: Path) -> list[tuple[Path, str]]:
+    with app_directory() as checkout:
+        return [(checkout, "one"), (laid_out, "two")]
+
+
+def _bundle(app: Path, folder: Path) -> set[str]:
+    """Names of the files that Flower puts into the bundle of an app."""
+    import zipfile
+
+    folder.mkdir()
+    subprocess.run(
+        [flower_command("flwr"), "build", "--app", str(app)],
+        check=True, cwd=folder, capture_output=True, timeout=60,
+    )  # fmt: skip
+    with zipfile.ZipFile(next(folder.glob("*.fab"))) as bundle:
+        return {name for name in bundle.namelist() if not name.startswith(".info")}

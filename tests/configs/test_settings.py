@@ -1,0 +1,147 @@
+"""Settings: flat and nested, unknown keys, bad values, presets that compose."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankfit.configs import compose as composing
+from rankfit.configs.compose import compose, parse_override, preset_names, read_preset
+from rankfit.configs.flower_defaults import main as write_defaults
+from rankfit.configs.seeds import derive
+from rankfit.configs.settings import (
+    ConfigError,
+    RunSettings,
+    from_flat,
+    known_keys,
+    split_list,
+    split_numbers,
+    to_flat,
+)
+from tests.conftest import ROOT
+
+
+def test_flat_and_nested_are_inverse() -> None:
+    settings = compose(["quickstart", "run.seed=7", "wire.dtype=bfloat16"])
+    assert from_flat(to_flat(settings)) == settings
+    assert from_flat({}) == RunSettings()
+
+
+def test_the_apps_config_is_the_quickstart() -> None:
+    """`flwr run .` runs the quickstart, and Flower refuses keys that pyproject does not list."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    assert config == to_flat(compose(["quickstart"])), (
+        "run `python -m rankfit.configs.flower_defaults`"
+    )
+
+
+def test_writing_the_apps_config_changes_nothing_else(tmp_path: Path) -> None:
+    copy = tmp_path / "pyproject.toml"
+    copy.write_text((ROOT / "pyproject.toml").read_text())
+    write_defaults(copy)
+    assert copy.read_text() == (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid(name: str) -> None:
+    assert compose([name]) != RunSettings()
+
+
+def test_no_two_presets_repeat_each_other() -> None:
+    """What several presets share lies in one that they include."""
+    own = {}
+    for name in preset_names():
+        tables = tomllib.loads((composing.PRESETS / f"{name}.toml").read_text())
+        tables.pop("include", None)
+        own[name] = {(t, k, str(v)) for t, keys in tables.items() for k, v in keys.items()}
+    for one in own:
+        for two in own:
+            assert one == two or len(own[one] & own[two]) <= max(3, len(own[one]) // 2), (one, two)
+
+
+def test_later_parts_win(tmp_path: Path) -> None:
+    own = tmp_path / "mine.toml"
+    own.write_text('include = ["quickstart"]\n[run]\nrounds = 3\n')
+    settings = compose([str(own), "lora.rank=4"])
+    assert (settings.run.rounds, settings.lora.rank) == (3, 4)
+    assert settings.data.source == "sklearn:digits"
+
+
+def test_hraloras_ranks_follow_from_the_links() -> None:
+    """12 / 18 / 24 ranks in each of 24 modules: the published [288, 432, 576]."""
+    settings = compose(["cifar100-deit"])
+    per_rank = 24 * (384 + 384) * 4
+    ranks = [
+        int(settings.plan.upload_seconds * mbps * 1e6 / 8 // per_rank)
+        for mbps in split_numbers(settings.fleet.upload_mbps, "fleet.upload-mbps")
+    ]
+    assert [24 * rank for rank in ranks] == [288, 432, 576]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["quikstart"], "did you mean 'quickstart'"),
+        (["nothing-like-it"], "unknown preset 'nothing-like-it'.*presets: "),
+        (["no/such.toml"], "unknown preset"),
+        (["train.batchsize=4"], "did you mean 'train.batch-size'"),
+        (["train.batch-size=many"], "train.batch-size: expected int, got 'many'"),
+        (["train.batch-size=0"], "train.batch-size: .*greater than or equal to 1.*got 0"),
+        (["train.learning-rate=-1.0"], "train.learning-rate: .*greater than 0"),
+        (["wire.dtype=float8"], "wire.dtype: .*'float32', 'float16' or 'bfloat16'.*got 'float8'"),
+        (["plan.search=magic"], "plan.search: unknown step 'magic'"),
+        (["fleet.memory-mib=2048,lots"], "fleet.memory-mib: expected comma-separated numbers"),
+        (["fleet.memory-mib=2048,0"], "fleet.memory-mib: every figure must be above 0"),
+        (["partition.kind=dirichlit"], "partition.kind"),
+        (["server.evaluate=everywhere"], "server.evaluate"),
+    ],
+)
+def test_bad_input_names_the_value_and_the_remedy(parts: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not toml [", "not a TOML file"),
+        ("rounds = 3", "'rounds' is not a table"),
+        ('include = "quickstart"', "expected a list of presets"),
+        ('include = ["mine"]', "includes itself"),
+    ],
+)
+def test_a_bad_preset_file_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_preset(str(file))
+
+
+def test_overrides_take_the_settings_type() -> None:
+    assert parse_override("run.name=7") == {"run.name": "7"}
+    assert parse_override('fleet.memory-mib="2,4"') == {"fleet.memory-mib": "2,4"}
+    assert parse_override("method.tail=true") == {"method.tail": True}
+    assert parse_override("train.learning-rate=1e-3") == {"train.learning-rate": 1e-3}
+
+
+def test_every_default_is_a_plain_toml_value() -> None:
+    assert all(isinstance(value, str | int | float | bool) for value in known_keys().values())
+
+
+def test_one_scale_for_all_ranks() -> None:
+    classic = compose(["lora.rank=16", "lora.alpha=32.0"])
+    assert classic.lora.scale == 2.0
+    assert compose(["lora.rank=16", "lora.alpha=32.0", "lora.scaling=rslora"]).lora.scale == 8.0
+
+
+@given(st.lists(st.text(alphabet="abc-_.0", min_size=1)))
+def test_lists_are_split_at_commas(items: list[str]) -> None:
+    assert split_list(" , ".join(items)) == tuple(items)
+
+
+def test_seeds_differ_by_purpose_round_and_client() -> None:
+    draws = {derive(seed, *parts) for seed in (0, 1) for parts in (("a",), ("a", 1), ("a", 1, "b"))}
+    assert len(draws) == 6 and all(0 <= draw < 2**40 for draw in draws)
+    assert derive(3, "order", 2) == derive(3, "order", 2)
