@@ -19,6 +19,7 @@ from rankfit.configs.settings import ConfigError, to_flat
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Federated LoRA fine-tuning across machines whose GPUs differ.",
 )
 _errors = Console(stderr=True)

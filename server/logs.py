@@ -18,7 +18,12 @@ def show_logs() -> None:
     """Send the package's log to the console, once per process."""
     logger = logging.getLogger("rankfit")
     if not logger.handlers:
-        handler = RichHandler(console=console(), show_path=False, omit_repeated_times=False)
+        handler = RichHandler(
+            console=console(),
+            show_path=False,
+            omit_repeated_times=False,
+            log_time_format="[%H:%M:%S]",
+        )
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

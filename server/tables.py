@@ -28,14 +28,14 @@ def plans(strategy: HeterogeneousLora) -> Table:
         first = (client, report.name, report.source)
         if plan is None:
             reason = strategy.planner.refused.get(client, "not planned")
-            budget = f"{report.budget_bytes / MIB:.1f}"
+            budget = _mib(report.budget_bytes)
             table.add_row(*first, budget, "–", link, "–", "–", reason)
             continue
         batch = f"{plan.micro_batch} × {plan.accumulation}"
         table.add_row(
             *first,
-            f"{plan.budget_bytes / MIB:.1f}",
-            f"{plan.peak_bytes / MIB:.1f}",
+            _mib(plan.budget_bytes),
+            _mib(plan.peak_bytes),
             link,
             str(plan.rank),
             batch + (" + checkpointing" if plan.checkpointing else ""),
@@ -47,13 +47,13 @@ def plans(strategy: HeterogeneousLora) -> Table:
 def round_line(line: Mapping[str, Any], rounds: int) -> str:
     """One round in one line."""
     parts = [f"round {line['round']}/{rounds}"]
-    parts += [f"{key} {value:.4f}" for key, value in line.get("evaluation", {}).items()]
+    evaluation = line.get("evaluation", {})
+    parts += [f"{key} {evaluation[key]:.4f}" for key in ("accuracy", "loss") if key in evaluation]
     if "train-loss" in line:
-        parts.append(f"train-loss {line['train-loss']:.4f}")
-    total = line["updates"] + line["dropped"]
-    parts.append(f"updates {line['updates']}/{total}")
+        parts.append(f"training {line['train-loss']:.4f}")
     ranks = sorted({client["rank"] for client in line["clients"].values()})
-    parts.append("ranks " + ",".join(str(rank) for rank in ranks))
+    total = line["updates"] + line["dropped"]
+    parts.append(f"{line['updates']}/{total} at ranks " + ",".join(str(rank) for rank in ranks))
     traffic = (line["upload-bytes"] + line["download-bytes"]) / 1024
     return ", ".join([*parts, f"{traffic:.0f} KiB", f"{line['seconds']:.1f} s"])
 
@@ -75,8 +75,8 @@ def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) ->
             str(own.rounds),
             str(own.dropped),
             str(own.samples),
-            f"{plan.peak_bytes / MIB:.1f}" if plan else "–",
-            f"{own.peak_bytes / MIB:.1f}",
+            _mib(plan.peak_bytes) if plan else "–",
+            _mib(own.peak_bytes),
             f"{own.upload_bytes / 1024:.0f}",
             f"{own.download_bytes / 1024:.0f}",
             f"{own.seconds:.1f}",
@@ -94,6 +94,11 @@ def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
     lines.append(f"PEFT adapter: {path / 'checkpoint'}")
     lines.append(f"report: {path / 'report.html'}")
     return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    """MiB, with the digits that matter on tiny models."""
+    return f"{size / MIB:.2f}" if size < 100 * MIB else f"{size / MIB:.0f}"
 
 
 def _mbps(value: float) -> str:
