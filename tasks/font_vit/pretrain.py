@@ -70,7 +70,7 @@ def accuracy(model: ViTForImageClassification, images: Tensor, labels: Tensor) -
     classes = int(labels.max()) + 1
     model.eval()
     with torch.no_grad():
-        found = [model(pixel_values=part).logits[:, :classes] for part in images.split(512)]
+        found = [model(pixel_values=part).logits[:, :classes] for part in torch.split(images, 512)]
     return float((torch.cat(found).argmax(1) == labels).float().mean())
 
 
@@ -84,11 +84,12 @@ def train_epoch(
     """Train over images (n, 1, 8, 8), in [0, 1], once, in their order; return the mean loss."""
     model.train()
     total = 0.0
-    for batch, target in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
+    batches = zip(torch.split(images, BATCH_SIZE), torch.split(labels, BATCH_SIZE), strict=True)
+    for batch, target in batches:
         logits = model(pixel_values=batch).logits  # (batch, characters)
         loss = functional.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         scheduler.step()

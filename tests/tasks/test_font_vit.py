@@ -142,8 +142,9 @@ def test_renderings_look_like_digits_data(glyphs: Glyphs) -> None:
 
 def test_renderings_depend_on_the_seed_alone(glyphs: Glyphs) -> None:
     images, labels = render(glyphs, 64, torch.Generator().manual_seed(7))
-    again, labels_again = render(draw_glyphs(), 64, torch.Generator().manual_seed(7))
+    again, labels_again = render(glyphs, 64, torch.Generator().manual_seed(7))
     other, _ = render(glyphs, 64, torch.Generator().manual_seed(8))
+    assert torch.equal(draw_glyphs("a8").images[1], glyphs.images[8])
     assert torch.equal(images, again)
     assert torch.equal(labels, labels_again)
     assert not torch.equal(images, other)
@@ -183,7 +184,7 @@ def test_pretraining_is_deterministic(glyphs: Glyphs, monkeypatch: pytest.Monkey
 
 
 def test_frozen_features_read_real_handwriting() -> None:
-    """A linear probe on the class token; random weights reach about RANDOM, the stored PROBE."""
+    """A linear probe on the class token; measured .984, see the model card."""
     images, labels = handwriting()
     with torch.no_grad():
         features = loaded_model().vit(pixel_values=images).last_hidden_state[:, 0]  # (n, hidden)
@@ -191,4 +192,4 @@ def test_frozen_features_read_real_handwriting() -> None:
         features.numpy(), labels.numpy(), test_size=0.25, random_state=0, stratify=labels.numpy()
     )
     probe = LogisticRegression(max_iter=1000).fit(train, train_labels)
-    assert probe.score(test, test_labels) >= 0.90
+    assert probe.score(test, test_labels) >= 0.96
