@@ -170,4 +170,5 @@ def initial(
 
 def random_rows(rows: int, k: int, generator: torch.Generator) -> Tensor:
     """Rows of A as at the start of training, shape (rows, k)."""
-    return (torch.rand(rows, k, generator=generator) * 2 - 1) / k**0.5
+    uniform = torch.rand(rows, k, generator=generator)
+    return uniform.mul(2).sub(1).div(k**0.5)

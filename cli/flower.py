@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import tomli_w
 
 import rankfit
+from rankfit.cli.processes import end_marked
 from rankfit.configs.settings import RunSettings, to_flat
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _START_SECONDS = 60.0
+#: In the environment of everything that a simulation starts.
+_MARK = "RANKFIT_SIMULATION"
 _APP_PARTS = (
     "adapters", "client", "configs", "estimator", "server", "strategies", "tasks",
 )  # fmt: skip
@@ -105,7 +107,7 @@ def local_superlink(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """
     with tempfile.TemporaryDirectory(prefix="rankfit-flwr-") as folder:
         port, control = free_port(), free_port()
-        own = dict(env) | {"FLWR_HOME": folder}
+        own = dict(env) | {"FLWR_HOME": folder, _MARK: folder}
         connection = {"address": f"127.0.0.1:{port}", "insecure": True}
         config = {"superlink": {"default": "own", "own": connection}}
         (Path(folder) / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
@@ -123,7 +125,8 @@ def local_superlink(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
             _await_health(process, port, log_file)
             yield own
         finally:
-            end_group(process)
+            end_marked(_MARK, folder, grace=10.0)
+            process.wait()
 
 
 def run_app(
@@ -172,20 +175,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def end_group(process: "subprocess.Popen[bytes]", grace: float = 10.0) -> None:
-    """End a process that leads a session of its own, with all that it started."""
-    for sign, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
-    process.poll()
 
 
 def _stream(command: list[str], env: Mapping[str, str]) -> str:

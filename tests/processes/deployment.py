@@ -24,6 +24,9 @@ from typing import Any
 
 import psutil
 
+from rankfit.cli import processes
+from rankfit.cli.processes import end, end_marked
+
 ROOT = Path(__file__).resolve().parents[2]
 CONNECTION = "deployment"
 MARK = "RANKFIT_TEST_DEPLOYMENT"
@@ -263,11 +266,7 @@ class Deployment:
     def stop_all(self, grace: float = 8.0) -> None:
         """End everything that carries this deployment's mark."""
         mark = self.environment[MARK]
-        for _ in range(5):
-            left = marked(mark)
-            if not left:
-                break
-            end(left, grace)
+        end_marked(MARK, mark, grace)
         for process in self.processes:
             process.popen.wait(grace)
         self.processes.clear()
@@ -327,27 +326,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
-    """Processes of this user that inherited the mark in an environment variable."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(variable) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-            continue
-    return found
-
-
-def end(processes: list[psutil.Process], grace: float) -> None:
-    """Terminate processes by id, and kill those that are still there after ``grace`` seconds."""
-    for act in (psutil.Process.terminate, psutil.Process.kill):
-        for process in processes:
-            try:
-                act(process)
-            except psutil.NoSuchProcess:
-                continue
-        _, processes = psutil.wait_procs(processes, timeout=grace)
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes that carry a deployment's mark."""
+    return processes.marked(MARK, mark)
 
 
 def _tree(pid: int) -> list[psutil.Process]:

@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.processes.deployment import ENVIRONMENT, command, end, marked
+from rankfit.cli.processes import end_marked, marked
+from tests.processes.deployment import ENVIRONMENT, command
 from tests.server.test_loop import figures, lines
 
 pytestmark = pytest.mark.processes
@@ -27,7 +28,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Environment of one command; whatever it leaves running is ended by id."""
     own = {**os.environ, **ENVIRONMENT, MARK: str(tmp_path)}
     yield own
-    end(marked(str(tmp_path), MARK), 5.0)
+    end_marked(MARK, str(tmp_path), 5.0)
 
 
 def rankfit(environment: Mapping[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -48,7 +49,7 @@ def test_a_killed_simulation_resumes_with_the_figures_of_one_left_alone(
     whole = rankfit(environment, "run", *SMALL, *place, "run.name=whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert "PEFT adapter:" in whole.stdout
-    assert not marked(str(tmp_path), MARK), "the command leaves no process behind"
+    assert not marked(MARK, str(tmp_path)), "the command leaves no process behind"
 
     cut = subprocess.Popen(
         [command("rankfit"), "run", *SMALL, *place, "run.name=cut"],
@@ -81,7 +82,7 @@ def test_a_run_that_fails_in_the_server_exits_non_zero_and_says_why(
 
 def kill_all(folder: Path) -> None:
     """SIGKILL every process of a command at once, as a power cut does."""
-    for process in marked(str(folder), MARK):
+    for process in marked(MARK, str(folder)):
         try:
             process.kill()
         except psutil.NoSuchProcess:
