@@ -19,10 +19,11 @@ setup: $(VENV)/.ready
 
 # torch first and exactly: a range would pull several GB of CUDA packages onto a CPU machine. On a
 # GPU machine install the torch build for its driver into .venv before, and it is kept.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt text-demo.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-deps --require-hashes -r text-demo.txt
 	touch $@
 
 demo: setup

@@ -7,7 +7,8 @@ method does with the factors.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,11 +29,20 @@ class Update:
         The same shapes after training; factors that did not move are as given.
     weight : float
         Number of samples.
+    indices : Mapping[str, Tensor]
+        By module, the directions of the global adapter that were given, shape (rank,), int64; a
+        module that is absent was given the leading ones.
     """
 
     given: Adapter
     trained: Adapter
     weight: float
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def directions(self, module: str) -> Tensor:
+        """Directions of the global adapter that the module's factors stand for, (rank,) int64."""
+        found = self.indices.get(module)
+        return torch.arange(self.trained.factors[module].rank) if found is None else found
 
 
 class Merge(ABC):
@@ -45,6 +55,10 @@ class Merge(ABC):
     seed : int
         For directions that must be drawn anew.
     """
+
+    #: Whether direction j of the next adapter continues direction j of this one, so that a change
+    #: of the factors means something; a merge that re-factorises rotates them.
+    aligned = True
 
     def __init__(self, reference: Adapter, seed: int) -> None:
         self.reference = reference
@@ -70,7 +84,7 @@ class Merge(ABC):
             if tensor.shape != self._head[name].shape:
                 raise ValueError(f"head tensor {name!r} is {tuple(tensor.shape)}")
         for module, factors in update.trained.factors.items():
-            _check_fits(module, factors, self.reference)
+            _check_fits(module, factors, update.directions(module), self.reference)
         self._add_factors(update)
         for name, tensor in update.trained.head.items():
             self._head[name].add_(tensor, alpha=update.weight)
@@ -83,6 +97,13 @@ class Merge(ABC):
         head = {name: tensor / self.total for name, tensor in self._head.items()}
         factors = {module: self._finish_module(module) for module in self.reference.factors}
         return Adapter(factors, self.reference.scale, head)
+
+    def residual(self) -> Adapter | None:
+        """What the next adapter leaves out and the base takes in; None = nothing (most merges).
+
+        Asked for after :meth:`finish`.
+        """
+        return None
 
     @abstractmethod
     def _add_factors(self, update: Update) -> None:
@@ -97,7 +118,7 @@ class Merge(ABC):
         return torch.Generator().manual_seed((self.seed << 20) + index)
 
 
-def _check_fits(module: str, factors: Factors, reference: Adapter) -> None:
+def _check_fits(module: str, factors: Factors, directions: Tensor, reference: Adapter) -> None:
     """Refuse factors that are not a sub-adapter of the global one."""
     if module not in reference.factors:
         raise ValueError(f"module {module!r} is not part of the global adapter")
@@ -107,6 +128,15 @@ def _check_fits(module: str, factors: Factors, reference: Adapter) -> None:
         raise ValueError(
             f"module {module!r}: product {shape} of rank {factors.rank} does not fit "
             f"{(own.b.shape[0], own.a.shape[1])} of rank {own.rank}"
+        )
+    if len(directions) != factors.rank or len(set(directions.tolist())) != factors.rank:
+        raise ValueError(
+            f"module {module!r}: rank {factors.rank} comes with directions {directions.tolist()}; "
+            "expected as many, all different"
+        )
+    if factors.rank and not 0 <= int(directions.min()) <= int(directions.max()) < own.rank:
+        raise ValueError(
+            f"module {module!r}: directions {directions.tolist()} are not all below {own.rank}"
         )
 
 
@@ -122,7 +152,7 @@ class AverageFactors(Merge):
 
     def _add_factors(self, update: Update) -> None:
         if not self._sums:
-            self._sums = _zeros_like(update.trained)
+            self._sums = zeros_like(update.trained)
         expected = {module: own.rank for module, own in self._sums.items()}
         if update.trained.ranks != expected:
             raise ValueError(
@@ -137,10 +167,14 @@ class AverageFactors(Merge):
         own = self.reference.factors[module]
         if module not in self._sums:
             return own
-        total = self._sums[module]
-        b = torch.cat([total.b / self.total, own.b[:, total.rank :]], 1)
-        a = torch.cat([total.a / self.total, own.a[total.rank :]], 0)
+        mean = self._averages(module)
+        b = torch.cat([mean.b, own.b[:, mean.rank :]], 1)
+        a = torch.cat([mean.a, own.a[mean.rank :]], 0)
         return Factors(b, a)
+
+    def _averages(self, module: str) -> Factors:
+        total = self._sums[module]
+        return Factors(total.b / self.total, total.a / self.total)
 
 
 class ZeroPadded(Merge):
@@ -148,16 +182,14 @@ class ZeroPadded(Merge):
 
     def __init__(self, reference: Adapter, seed: int) -> None:
         super().__init__(reference, seed)
-        self._sums = _zeros_like(reference)
+        self._sums = zeros_like(reference)
         self._norms = dict.fromkeys(reference.factors, 0.0)
 
     def _add_factors(self, update: Update) -> None:
         for module, factors in update.trained.factors.items():
             norm = float(product_norm(factors))
             self._norms[module] += norm
-            total = self._sums[module]
-            total.b[:, : factors.rank].add_(factors.b, alpha=norm)
-            total.a[: factors.rank].add_(factors.a, alpha=norm)
+            scatter(self._sums[module], update.directions(module), factors, norm)
 
     def _finish_module(self, module: str) -> Factors:
         if self._norms[module] == 0:
@@ -172,9 +204,11 @@ class MeanProduct(Merge):
     Source: arXiv:2402.11505. Low-rank clients vote zero for every direction that they lack.
     """
 
+    aligned = False
+
     def __init__(self, reference: Adapter, seed: int) -> None:
         super().__init__(reference, seed)
-        self._sums = _product_sums(reference)
+        self._sums = product_sums(reference)
 
     def _add_factors(self, update: Update) -> None:
         for module, factors in update.trained.factors.items():
@@ -209,21 +243,23 @@ class MeanChange(MeanProduct):
 
 
 class PaddedChange(Merge):
-    """One factor moves: its change is padded and averaged, exact at mixed ranks without an SVD.
+    """Changes of the factors, each at its own directions, averaged over all clients of the round.
 
-    With A the same for all, Σ w·(B − B⁰)·A[:r] is the padded mean change of B times A (and the same
-    with the letters exchanged). The factor that did not move must be as given.
+    Alternation: one factor moves, and this is exact at mixed ranks without an SVD: with A the same
+    for all, Σ w·(B − B⁰)·A[:r] is the padded mean change of B times A (and the same with the
+    letters exchanged). FSLoRA (arXiv:2501.19389): both factors move, at directions that were
+    drawn; a direction that a client did not draw counts as a change of zero.
     """
 
     def __init__(self, reference: Adapter, seed: int) -> None:
         super().__init__(reference, seed)
-        self._sums = _zeros_like(reference)
+        self._sums = zeros_like(reference)
 
     def _add_factors(self, update: Update) -> None:
         for module, factors in update.trained.factors.items():
-            given, total = update.given.factors[module], self._sums[module]
-            total.b[:, : factors.rank].add_(factors.b - given.b, alpha=update.weight)
-            total.a[: factors.rank].add_(factors.a - given.a, alpha=update.weight)
+            given = update.given.factors[module]
+            change = Factors(factors.b - given.b, factors.a - given.a)
+            scatter(self._sums[module], update.directions(module), change, update.weight)
 
     def _finish_module(self, module: str) -> Factors:
         own, total = self.reference.factors[module], self._sums[module]
@@ -236,14 +272,22 @@ def product_norm(factors: Factors) -> Tensor:
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
 
 
-def _zeros_like(adapter: Adapter) -> dict[str, Factors]:
+def scatter(total: Factors, directions: Tensor, factors: Factors, weight: float) -> None:
+    """Add weighted factors to a sum at some of its directions, in place."""
+    total.b.index_add_(1, directions, factors.b, alpha=weight)
+    total.a.index_add_(0, directions, factors.a, alpha=weight)
+
+
+def zeros_like(adapter: Adapter) -> dict[str, Factors]:
+    """Factors of zeros in the shapes of an adapter's."""
     return {
         module: Factors(torch.zeros_like(own.b), torch.zeros_like(own.a))
         for module, own in adapter.factors.items()
     }
 
 
-def _product_sums(adapter: Adapter) -> dict[str, ProductSum]:
+def product_sums(adapter: Adapter) -> dict[str, ProductSum]:
+    """Empty sums for the products of an adapter."""
     return {
         module: ProductSum(own.b.shape[0], own.a.shape[1])
         for module, own in adapter.factors.items()

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rankfit import __version__
-from rankfit.cli import api
+from rankfit.cli import api, estimate, node
+from rankfit.cli.compare import compare
 from rankfit.cli.flower import FlowerError
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError, to_flat
@@ -22,6 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated LoRA fine-tuning across machines whose GPUs differ.",
 )
+app.add_typer(node.app, name="node")
+app.command()(compare)
+app.command()(estimate.probe)
+app.command()(estimate.estimate)
 _errors = Console(stderr=True)
 
 Parts = Annotated[
@@ -83,9 +88,9 @@ def methods() -> None:
     """List the catalogue of methods."""
     from rankfit.strategies.catalogue import methods as catalogue
 
-    table = Table("method", "what it does", "source")
+    table = Table("method", "what it does", "can be left out", "source")
     for name, method in sorted(catalogue().items()):
-        table.add_row(name, method.summary, method.source)
+        table.add_row(name, method.summary, ", ".join(method.parts), method.source)
     Console().print(table)
 
 

@@ -1,61 +1,72 @@
-"""The Flower ClientApp: a thin messenger between Flower and the trainer.
+"""The Flower ClientApp: a thin messenger between Flower and what trains.
 
-The query is answered without torch: Flower starts a process for every message, and importing torch
-would cost each of them seconds.
+Flower's deployment starts a process for every message, and importing torch would cost each of them
+seconds: there, a worker does the work and this process imports no torch. A simulation's processes
+live on, and do the work themselves. See docs/warm-client.md.
 """
 
+import logging
 import os
 import sys
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from rankfit.client.device import device_report
+from rankfit.client.device import Held, device_report
+from rankfit.client.request import Answer, Kind, Request
 from rankfit.configs.settings import RunSettings, from_flat
-from rankfit.estimator.plan import Plan
 from rankfit.estimator.report import DeviceReport
 
 if TYPE_CHECKING:
-    from rankfit.adapters.state import Adapter
-    from rankfit.client.workspace import Workspace
+    from rankfit.client.place import Order
+
+log = logging.getLogger(__name__)
 
 app = ClientApp()
+
+#: The program that Flower's deployment starts for every message.
+_PER_MESSAGE = "flwr-clientapp"
 
 
 @app.query("capabilities")
 def capabilities(message: Message, context: Context) -> Message:
-    """Answer with the device report."""
-    report = _report(context)
-    return Message(RecordDict({"device": ConfigRecord(report.to_dict())}), reply_to=message)
+    """Answer with the device report; a worker may begin to load what training will need."""
+    order = _order(context)
+    if order is None:
+        report = _report(context)
+    else:
+        from rankfit.client import messenger
+
+        messenger.make_room(order)
+        report = _report(context, messenger.held(order))
+        if order.settings.client.prefetch:
+            partition, partitions = _place(context)
+            request = Request("prefetch", partition=partition, partitions=partitions)
+            messenger.prefetch(order, request, report.uuid)
+    return Message(RecordDict({"device": ConfigRecord({**report.to_dict()})}), reply_to=message)
+
+
+@app.query("finish")
+def finish(message: Message, context: Context) -> Message:
+    """The run is over for this client: its worker ends, if it has one."""
+    order = _order(context)
+    if order is not None:
+        from rankfit.client import messenger
+
+        messenger.finish(order)
+    return Message(RecordDict(), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train at the plan that came with the message, and return what moved."""
-    from rankfit.adapters.wire import encode
-    from rankfit.client.trainer import Job
-    from rankfit.client.trainer import train as train_job
-
-    report = _report(context)
-    _see_only(report)
-    workspace = _workspace(context)
-    config = cast(ConfigRecord, message.content["plan"])
-    workspace.check_base(str(config["fingerprint"]))
-    job = Job(
-        client=str(config["client"]),
-        round=cast(int, config["round"]),
-        plan=Plan.from_dict(config),
-        adapter=_adapter(message),
-        samples=workspace.samples(*_place(context)),
-        cap_bytes=report.budget_bytes if report.source == "declared" else None,
-    )
-    trained = train_job(workspace, job)
-    arrays = encode(trained.state, workspace.settings.wire.dtype)
+    answer = _perform("train", message, context)
     content = RecordDict(
         {
-            "adapter": ArrayRecord({name: Array(array) for name, array in arrays.items()}),
-            "metrics": MetricRecord(dict(trained.metrics)),
+            "adapter": ArrayRecord({name: Array(array) for name, array in answer.arrays.items()}),
+            "metrics": MetricRecord(dict(answer.metrics)),
         }
     )
     return Message(content, reply_to=message)
@@ -64,23 +75,85 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the global adapter on the client's own data."""
-    from rankfit.client.trainer import evaluate as evaluate_adapter
+    answer = _perform("evaluate", message, context)
+    content = RecordDict({"metrics": MetricRecord(dict(answer.metrics))})
+    return Message(content, reply_to=message)
 
-    workspace = _workspace(context)
-    config = cast(ConfigRecord, message.content["plan"])
-    workspace.check_base(str(config["fingerprint"]))
-    samples = workspace.test_samples(*_place(context))
-    metrics = evaluate_adapter(workspace, _adapter(message), samples)
-    record = MetricRecord({"num-examples": len(samples), **metrics})
-    return Message(RecordDict({"metrics": record}), reply_to=message)
+
+def _perform(kind: Kind, message: Message, context: Context) -> Answer:
+    """Do what a message asks: in the worker, or here."""
+    order = _order(context)
+    if order is not None:
+        from rankfit.client import messenger
+
+        report = _report(context, messenger.held(order))
+        return messenger.ask(order, _request(kind, message, context, report), report.uuid)
+    report = _report(context)
+    _see_only(report)
+    from rankfit.client.perform import perform
+    from rankfit.client.workspace import workspace
+
+    space = workspace(_settings(context), _data_path(context))
+    return perform(space, _request(kind, message, context, report))
+
+
+def _request(kind: Kind, message: Message, context: Context, report: DeviceReport) -> Request:
+    plan = cast(ConfigRecord, message.content["plan"])
+    adapter = cast(ArrayRecord, message.content["adapter"])
+    partition, partitions = _place(context)
+    return Request(
+        kind=kind,
+        plan=cast(dict[str, Any], dict(plan)),
+        arrays={name: array.numpy() for name, array in adapter.items()},
+        partition=partition,
+        partitions=partitions,
+        cap_bytes=report.budget_bytes if report.source == "declared" else None,
+        last=_is_last(kind, cast(int, plan["round"]), _settings(context)),
+    )
+
+
+def _is_last(kind: Kind, number: int, settings: RunSettings) -> bool:
+    """Whether no message of the run can follow: the clients evaluate after training, or never."""
+    wanted = "evaluate" if settings.server.evaluate == "clients" else "train"
+    return kind == wanted and number >= settings.run.rounds
+
+
+def _warm(settings: RunSettings, context: Context) -> bool:
+    """Whether a worker does the work."""
+    # Process 1 of a container of its own has no parent, and a worker would end with it.
+    if settings.client.warm == "off" or sys.platform == "win32" or os.getppid() == 0:
+        return False
+    if Path(os.environ.get("VIRTUAL_ENV", "")).name == str(context.run_id):
+        log.warning("Flower installed the app's packages for this message alone: no worker")
+        return False
+    return settings.client.warm == "on" or Path(sys.argv[0]).stem == _PER_MESSAGE
+
+
+def _order(context: Context) -> "Order | None":
+    """What this device's worker in this run is for; None where there is to be none."""
+    settings = _settings(context)
+    if not _warm(settings, context):
+        return None
+    from rankfit.client.place import Order
+    from rankfit.client.watched import Watched
+
+    return Order(
+        run_id=context.run_id,
+        node_id=context.node_id,
+        supernode=Watched.of(os.getppid()),
+        settings=settings,
+        data_path=_data_path(context),
+    )
 
 
 def _settings(context: Context) -> RunSettings:
     return from_flat(context.run_config)
 
 
-def _report(context: Context) -> DeviceReport:
-    return device_report(context.node_config, _settings(context), node_id=context.node_id)
+def _report(context: Context, worker: Held | None = None) -> DeviceReport:
+    return device_report(
+        context.node_config, _settings(context), node_id=context.node_id, worker=worker
+    )
 
 
 def _see_only(report: DeviceReport) -> None:
@@ -89,11 +162,9 @@ def _see_only(report: DeviceReport) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = report.uuid
 
 
-def _workspace(context: Context) -> "Workspace":
-    from rankfit.client.workspace import workspace
-
+def _data_path(context: Context) -> str | None:
     path = context.node_config.get("data-path")
-    return workspace(_settings(context), None if path is None else str(path))
+    return None if path is None else str(path)
 
 
 def _place(context: Context) -> tuple[int | None, int]:
@@ -104,13 +175,3 @@ def _place(context: Context) -> tuple[int | None, int]:
     settings = _settings(context)
     partitions = config.get("num-partitions", settings.simulation.clients)
     return int(config["partition-id"]), int(partitions)
-
-
-def _adapter(message: Message) -> "Adapter":
-    from rankfit.adapters.state import Adapter
-    from rankfit.adapters.wire import decode
-
-    record = cast(ArrayRecord, message.content["adapter"])
-    arrays = {name: array.numpy() for name, array in record.items()}
-    scale = cast(ConfigRecord, message.content["plan"])["scale"]
-    return Adapter.from_state_dict(decode(arrays), cast(float, scale))

@@ -4,7 +4,7 @@ import math
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rankfit.client.host import Memory, host_memory, processor_name
 from rankfit.client.nvml import Gpu, NoGpu, find_gpu
@@ -12,6 +12,14 @@ from rankfit.configs.settings import Fleet, RunSettings, Scalar, split_numbers
 from rankfit.estimator.report import Accelerator, DeviceReport, Source
 
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process of this client's own holds of the GPU, in bytes."""
+
+    pid: int
+    gpu_bytes: int
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,12 @@ class _Profile:
 
 
 def device_report(
-    node_config: Mapping[str, Scalar], settings: RunSettings, *, node_id: int, samples: int = -1
+    node_config: Mapping[str, Scalar],
+    settings: RunSettings,
+    *,
+    node_id: int,
+    samples: int = -1,
+    worker: Held | None = None,
 ) -> DeviceReport:
     """Measure this client's device, or take what its node config or the fleet declares.
 
@@ -56,6 +69,8 @@ def device_report(
         Flower's id of the node: the name's suffix where nothing lasting tells nodes apart.
     samples : int
         Training samples held (−1 = not counted).
+    worker : Held or None
+        The process that keeps this client's model on the GPU: what it holds is free for it.
 
     Raises
     ------
@@ -65,7 +80,7 @@ def device_report(
         failure of a GPU never raises: it is reported as a CPU with the reason in ``note``.
     """
     profile = _declared(node_config, settings.fleet)
-    device = _physical()
+    device = _physical(worker or Held(os.getpid(), 0))
     memory, source, note = _budget(device, profile.memory_mib)
     return DeviceReport(
         client=_client_name(node_config, device.uuid, node_id),
@@ -85,21 +100,22 @@ def device_report(
     )
 
 
-def _physical() -> _Device:
-    """Read the device under this process, whatever is declared."""
-    gpu = find_gpu(os.environ, os.getpid())
+def _physical(own: Held) -> _Device:
+    """Read the device under a process of this client's, whatever is declared."""
+    gpu = find_gpu(os.environ, own.pid)
     if isinstance(gpu, NoGpu):
         return _Device("cpu", processor_name(), "", "", host_memory(), -1, "ram", gpu.reason)
-    memory, source, note = _gpu_memory(gpu)
+    memory, source, note = _gpu_memory(gpu, own.gpu_bytes)
     return _Device(
         "cuda", gpu.name, gpu.uuid, gpu.compute_capability, memory, gpu.processes, source, note
     )
 
 
-def _gpu_memory(gpu: Gpu) -> tuple[Memory, Source, str]:
+def _gpu_memory(gpu: Gpu, own_bytes: int) -> tuple[Memory, Source, str]:
     """NVML's figures, or the host's for a GPU that shares its memory."""
     if gpu.memory is not None:
-        return gpu.memory, "nvml", ""
+        free = min(gpu.memory.free_bytes + own_bytes, gpu.memory.total_bytes)
+        return replace(gpu.memory, free_bytes=free), "nvml", ""
     return host_memory(), "ram", "unified memory: NVML has no figures, the host's RAM is counted"
 
 

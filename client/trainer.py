@@ -7,8 +7,7 @@ micro-batch, then the rank, and trains again; the update says what it fell back 
 import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,12 +18,31 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rankfit.adapters.state import Adapter
+from rankfit.client.losses import Loss, plain, prior_adjusted
+from rankfit.client.meters import meter_of
+from rankfit.client.penalties import (
+    Penalty,
+    Proximal,
+    RankDecay,
+    add_all,
+    cut_state,
+    pruned_rank,
+)
 from rankfit.client.workspace import Workspace
+from rankfit.configs.rates import learning_rate
 from rankfit.configs.seeds import derive
 from rankfit.configs.settings import RunSettings
-from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.plan import Plan
-from rankfit.tasks.adapted import chunks, load_adapter, predict, read_state, train_only
+from rankfit.tasks.adapted import (
+    checkpointing,
+    chunks,
+    load_adapter,
+    place,
+    predict,
+    read_state,
+    train_only,
+)
+from rankfit.tasks.importance import fisher_scores
 from rankfit.tasks.inject import TAIL
 from rankfit.tasks.models import eject, inject
 
@@ -95,7 +113,7 @@ def train(workspace: Workspace, job: Job) -> Trained:
     if failures:
         metrics |= {"out-of-memory": failures, "micro-batch": plan.micro_batch}
         if plan.rank < job.plan.rank:
-            metrics["rank-cap"] = plan.rank
+            metrics.setdefault("rank-cap", plan.rank)
     return Trained(state, metrics)
 
 
@@ -151,24 +169,78 @@ def _attempt(
             load_adapter(model, tail, TAIL)
         if plan.moves != "both":
             train_only(model, plan.moves)
-        with _checkpointing(workspace.base, plan.checkpointing):
-            metrics = _fit(workspace, job, plan, model)
+        scores = _scores(workspace, job, model) if "scores" in plan.extras else {}
+        parameters = _trained_parameters(model)
+        decay = _rank_decay(settings, plan, parameters)
+        penalties = [*_proximal(settings, given, parameters), *decay]
+        with checkpointing(workspace.base, plan.checkpointing):
+            metrics = _fit(workspace, job, plan, model, penalties)
         wanted = set(given.moving(plan.moves))
         state = {n: t.detach().cpu().clone() for n, t in read_state(model).items() if n in wanted}
-        return state, metrics
+        if any(term.prunes() for term in decay):
+            metrics |= {"pruned": 1, "rank-cap": decay[0].keep}
+            state = cut_state(state, decay[0].keep)
+        return state, metrics | scores
     finally:
         eject(model)
         workspace.base.eval()
 
 
-def _fit(workspace: Workspace, job: Job, plan: Plan, model: PeftModel) -> dict[str, int | float]:
+def _scores(workspace: Workspace, job: Job, model: PeftModel) -> dict[str, float]:
+    """Fisher scores of the modules, on some of the client's own samples."""
+    draw = np.random.default_rng(
+        derive(workspace.settings.run.seed, "probe", job.round, job.client)
+    )
+    probe = workspace.settings.method.probe_samples or len(job.samples)
+    rows = draw.permutation(job.samples)[:probe]
+    found = fisher_scores(model, workspace.task.train, rows, workspace.device)
+    return {f"score.{module}": score for module, score in found.items()}
+
+
+def _trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Parameters that require grad, under the names that they are saved by."""
+    by_place = {p.data_ptr(): p for p in model.parameters() if p.requires_grad}
+    saved = read_state(model)
+    return {name: by_place[t.data_ptr()] for name, t in saved.items() if t.data_ptr() in by_place}
+
+
+def _proximal(
+    settings: RunSettings, given: Adapter, parameters: Mapping[str, nn.Parameter]
+) -> list[Penalty]:
+    mu = settings.train.proximal
+    return [Proximal(parameters, given.state_dict(), mu)] if mu else []
+
+
+def _rank_decay(
+    settings: RunSettings, plan: Plan, parameters: Mapping[str, nn.Parameter]
+) -> list[RankDecay]:
+    if "prune" not in plan.extras or plan.rank < 2:
+        return []
+    keep = pruned_rank(plan.rank, settings.method.prune_decay)
+    return [RankDecay(parameters, keep, settings.method.prune_weight)]
+
+
+def _loss(workspace: Workspace, job: Job) -> Loss:
+    """The loss that the run asks for."""
+    weight, train = workspace.settings.train.label_prior, workspace.task.train
+    if not weight:
+        return plain
+    return prior_adjusted(
+        torch.from_numpy(train.labels[job.samples]), workspace.task.labels, weight
+    )
+
+
+def _fit(
+    workspace: Workspace, job: Job, plan: Plan, model: PeftModel, penalties: Sequence[Penalty]
+) -> dict[str, int | float]:
     """Run the optimizer steps of one round; the gradient of a step is the mean over its batch."""
     settings = workspace.settings
     accelerator = Accelerator(cpu=workspace.device.type == "cpu")
     trained = [p for p in model.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(model, make_optimizer(settings, trained))
+    rate, loss_of = learning_rate(settings, job.round), _loss(workspace, job)
+    model, optimizer = accelerator.prepare(model, make_optimizer(settings, trained, rate))
     model.train()
-    meter = _meter(workspace.device, job.cap_bytes, model, optimizer)
+    meter = meter_of(workspace.device, job.cap_bytes, model, optimizer)
     loss_sum, seen, steps = 0.0, 0, 0
     for batch in _batches(settings, job):
         # Encoded before the step: what the data set itself holds is no memory of the step.
@@ -176,13 +248,14 @@ def _fit(workspace: Workspace, job: Job, plan: Plan, model: PeftModel) -> dict[s
         waiting.reverse()
         with meter.step():
             while waiting:
-                inputs = {name: t.to(workspace.device) for name, t in waiting.pop().items()}
+                inputs = place(waiting.pop(), workspace.base, workspace.device)
                 meter.see(inputs)
                 count = len(inputs["labels"])
-                loss = model(**inputs).loss
+                loss = loss_of(model, inputs)
                 accelerator.backward(loss * (count / len(batch)))
                 loss_sum += float(loss.detach()) * count
                 del loss, inputs
+            add_all(penalties)
             if settings.train.max_grad_norm:
                 accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
             optimizer.step()
@@ -192,13 +265,16 @@ def _fit(workspace: Workspace, job: Job, plan: Plan, model: PeftModel) -> dict[s
         "num-examples": len(job.samples),
         "train-loss": loss_sum / seen,
         "steps": steps,
+        "learning-rate": rate,
         "peak-memory-bytes": meter.peak(),
     }
 
 
-def make_optimizer(settings: RunSettings, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer of the run over the trained parameters."""
-    rate, decay = settings.train.learning_rate, settings.train.weight_decay
+def make_optimizer(
+    settings: RunSettings, trained: list[nn.Parameter], rate: float
+) -> torch.optim.Optimizer:
+    """Build the optimizer of the run over the trained parameters, at the round's learning rate."""
+    decay = settings.train.weight_decay
     if settings.train.optimizer == "adamw":
         return torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
     return torch.optim.SGD(trained, lr=rate, weight_decay=decay)
@@ -216,93 +292,6 @@ def _batches(settings: RunSettings, job: Job) -> Iterator[list[int]]:
             if settings.train.steps and left == 0:
                 return
         epochs = 0 if settings.train.steps else epochs - 1
-
-
-class _CudaMeter:
-    """Peak of the caching allocator, under a cap that it enforces."""
-
-    def __init__(self, device: torch.device, cap_bytes: int | None) -> None:
-        self._device = device
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, cap_bytes / total) if cap_bytes else 1.0
-        torch.cuda.set_per_process_memory_fraction(share, device)
-        torch.cuda.reset_peak_memory_stats(device)
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Do nothing: the allocator counts all the time."""
-        yield
-
-    def see(self, inputs: Mapping[str, Tensor]) -> None:
-        """Do nothing: see :meth:`step`."""
-
-    def peak(self) -> int:
-        return int(torch.cuda.max_memory_allocated(self._device))
-
-
-class _LiveMeter:
-    """Peak of live CPU tensors, under a cap that it enforces.
-
-    Following every operator costs time, so only the first two steps are followed: the second one
-    finds the optimizer's state in place, and later ones take no more (shorter texts take less).
-    """
-
-    def __init__(
-        self, cap_bytes: int | None, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self._cap, self._model, self._optimizer = cap_bytes, model, optimizer
-        self._steps = 0
-        self._peak = 0
-        self._live: LiveMemory | None = None
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Follow one optimizer step, if it can hold the peak."""
-        self._steps += 1
-        if self._steps > 2:
-            yield
-            return
-        with LiveMemory(cap_bytes=self._cap).baseline(self._model) as live:
-            for state in self._optimizer.state.values():
-                live.count(value for value in state.values() if isinstance(value, Tensor))
-            self._live = live
-            try:
-                yield
-            finally:
-                self._live = None
-                self._peak = max(self._peak, live.peak)
-
-    def see(self, inputs: Mapping[str, Tensor]) -> None:
-        """Count a batch that exists before the step that uses it."""
-        if self._live is not None:
-            self._live.count(inputs.values())
-
-    def peak(self) -> int:
-        return self._peak
-
-
-def _meter(
-    device: torch.device,
-    cap_bytes: int | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> "_CudaMeter | _LiveMeter":
-    if device.type == "cuda":
-        return _CudaMeter(device, cap_bytes)
-    return _LiveMeter(cap_bytes, model, optimizer)
-
-
-@contextmanager
-def _checkpointing(base: nn.Module, wanted: bool) -> Iterator[None]:
-    """Recompute activations in the backward pass while the block lasts."""
-    if not wanted:
-        yield
-        return
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        base.gradient_checkpointing_disable()
 
 
 def _free() -> None:

@@ -4,6 +4,8 @@ A simulation serves many clients from one process, and all of them share it; an 
 the base for one training and taken out again, and nothing of one client is left for the next.
 """
 
+import logging
+import time
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -17,6 +19,8 @@ from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import fingerprint, head_modules, load_base
 from rankfit.tasks.partition import partition
 from rankfit.tasks.task import Task
+
+log = logging.getLogger(__name__)
 
 
 class WrongBase(RuntimeError):
@@ -47,7 +51,13 @@ class Workspace:
     @cached_property
     def base(self) -> PreTrainedModel:
         """The frozen base model on the training device."""
-        return load_base(self.settings, self.task.labels).to(self.device)
+        began = time.monotonic()
+        base: PreTrainedModel = load_base(self.settings, self.task.labels).to(self.device)
+        log.info(
+            "base model %s loaded on %s in %.2f s",
+            self.settings.model.source, self.device, time.monotonic() - began,
+        )  # fmt: skip
+        return base
 
     @cached_property
     def device(self) -> torch.device:
@@ -63,6 +73,32 @@ class Workspace:
     def fingerprint(self) -> str:
         """Hash of the base model."""
         return fingerprint(self.base, heads=self.heads)
+
+    def load(self) -> None:
+        """Load base and data now instead of on first use."""
+        log.info("%d training samples, base %s", len(self.task.train), self.fingerprint[:12])
+
+    def park(self) -> None:
+        """Move the base to host memory, so that another process can have the device's."""
+        if "base" in self.__dict__ and self.device.type != "cpu":
+            self.base.to("cpu")
+
+    def unpark(self) -> None:
+        """Bring the base back to the training device."""
+        if "base" in self.__dict__:
+            self.base.to(self.device)
+
+    def open_device(self) -> None:
+        """Make the CUDA context now, where there is a GPU."""
+        if self.device.type == "cuda":
+            torch.empty(1, device=self.device)
+
+    def free(self) -> int:
+        """Give the allocator's unused memory back; returns the bytes of the GPU that it keeps."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self.device)
 
     def check_base(self, expected: str) -> None:
         """Refuse to train on another base than the server's.

@@ -54,6 +54,7 @@ Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Run(Table):
@@ -156,6 +157,22 @@ class Train(Table):
     gradient_checkpointing: bool = False
     #: Intra-op CPU threads per client process.
     threads: PositiveInt = 1
+    #: Learning rate over the rounds: see :mod:`rankfit.configs.rates`.
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    #: Rounds that the schedule spans (0 = ``run.rounds``, also when that is raised on a resume).
+    schedule_rounds: Count = 0
+    #: Rounds over which the rate first rises to ``learning-rate``.
+    schedule_warm_up: Count = 0
+    #: Rate at the end of ``linear`` and ``cosine``, as a share of ``learning-rate``.
+    schedule_floor: Share = 0.0
+    #: ``step``: the rate is multiplied by the factor every so many rounds.
+    schedule_step: PositiveInt = 50
+    schedule_factor: Fraction = 0.5
+    #: FedProx: μ of the proximal term μ/2·‖θ − θ⁰‖² (0 = none).
+    proximal: NonNegative = 0.0
+    #: Weight τ of log prior(label) of the client's own data, added to the logits in training
+    #: (0 = plain cross entropy).
+    label_prior: NonNegative = 0.0
 
 
 class Method(Table):
@@ -165,6 +182,22 @@ class Method(Table):
     #: Give low-rank clients the part of the adapter that they cannot train as a frozen second
     #: adapter (costs rank R of download).
     tail: bool = False
+    #: Comma-separated parts of the method to switch off: ablations. ``rankfit methods`` lists them.
+    without: str = ""
+    #: Rounds in which both factors move before a method with a warm-up alternates.
+    warm_up_rounds: Count = 20
+    #: Rounds after which layers are drawn, and importance scores measured, anew.
+    renew_every: PositiveInt = 20
+    #: Where importance scores are measured: on the server's own training split, or on the clients
+    #: (averaged, so that the server needs no data).
+    scores: Literal["server", "clients"] = "server"
+    #: Samples that one measurement reads (0 = all).
+    probe_samples: Count = 64
+    #: Which layers Fed-HeLLo's GD-HLA gives to clients that cannot train all.
+    pattern: Literal["triangle", "inverted-triangle", "bottleneck", "uniform"] = "inverted-triangle"
+    #: HetLoRA: share γ of the rank that self-pruning keeps, and weight λ of its regulariser.
+    prune_decay: Fraction = 0.99
+    prune_weight: NonNegative = 1e-3
 
 
 class Plan(Table):
@@ -227,6 +260,19 @@ class Server(Table):
     evaluate_batch_size: PositiveInt = 256
     #: Refuse an update whose change is longer than this (Frobenius norm; 0 = no limit).
     max_update_norm: NonNegative = 0.0
+    #: Clients of a round are drawn alike, or in proportion to their samples (and then count alike).
+    sampling: Literal["uniform", "samples"] = "uniform"
+    #: FedOpt: how the step from the old adapter to the merged one is taken (``none`` = whole).
+    optimizer: Literal["none", "sgd", "momentum", "adam"] = "none"
+    learning_rate: PositiveFloat = 1.0
+    momentum: Share = 0.9
+    second_momentum: Share = 0.99
+    epsilon: PositiveFloat = 1e-3
+    #: Decay of a moving average of the global adapter and head, which is then what is evaluated
+    #: and exported (0 = none).
+    average: Share = 0.0
+    #: Measure spectrum, truncation and distance from the true mean in every round.
+    diagnostics: bool = True
 
 
 class Client(Table):

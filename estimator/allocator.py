@@ -13,6 +13,11 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from rankfit.estimator.native import native_replay
+
 MIB = 2**20
 ROUND = 512
 SMALL = MIB
@@ -157,6 +162,18 @@ class CachingAllocator:
     def _take(self, block: _Block) -> None:
         pool = self._pools[block.small]
         del pool[bisect_left(pool, (block.size, block.address))]
+
+
+def replay_fast(
+    sizes: NDArray[np.int64], events: NDArray[np.int64], cap_bytes: int | None = None
+) -> Replay:
+    """As :func:`replay`, in C where there is a compiler."""
+    if cap_bytes is not None and cap_bytes <= 0:
+        raise ValueError(f"cap_bytes is {cap_bytes}; expected bytes above 0, or None")
+    result = native_replay(sizes, events, cap_bytes)
+    if result is None:
+        return replay(sizes.tolist(), events.tolist(), cap_bytes)
+    return Replay(*result)
 
 
 def replay(sizes: Sequence[int], events: Sequence[int], cap_bytes: int | None = None) -> Replay:

@@ -15,7 +15,7 @@ from rankfit.estimator.network import Payload
 from rankfit.estimator.plan import Binding, Plan
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.search import Step, steps
-from rankfit.estimator.spec import InputSpec, StepSpec, canonical
+from rankfit.estimator.spec import InputSpec, Kind, StepSpec, canonical
 from rankfit.estimator.trace import Breakdown
 from rankfit.estimator.tracer import TraceCache
 from rankfit.tasks import models
@@ -115,6 +115,7 @@ class Estimator:
         self.phases = tuple(phases)
         self.steps = steps(settings, can_checkpoint=can_checkpoint)
         self.traces = TraceCache() if traces is None else traces
+        self._footprints: dict[tuple[StepSpec, Calibration], Footprint] = {}
 
     @classmethod
     def for_run(
@@ -125,6 +126,7 @@ class Estimator:
         *,
         phases: Sequence[Moves] = ("both",),
         traces: TraceCache | None = None,
+        kind: Kind | None = None,
     ) -> Self:
         """Build the estimator of a run; no weights are read.
 
@@ -134,15 +136,18 @@ class Estimator:
             Of the base model, with the run's number of classes.
         inputs : sequence of InputSpec
             Batch of the task for one sample, labels included (see :func:`inputs_of`).
+        kind : str, optional
+            Kind of model, where there is no task for it yet (default: the run's task).
 
         Raises
         ------
         ModelError
             If the model cannot be built or the targets match nothing.
         """
+        kind = kind or settings.task.kind
         base = models.build_empty(
             config,
-            settings.task.kind,
+            kind,
             attention=settings.model.attention,
             precision=settings.model.precision,
         )
@@ -150,7 +155,7 @@ class Estimator:
         heads = models.head_modules(base) if settings.head.mode == "trained" else ()
         spec = StepSpec(
             config=canonical(config.to_dict()),
-            kind=settings.task.kind,
+            kind=kind,
             accelerator="cpu",
             targets=targets,
             heads=heads,
@@ -255,8 +260,12 @@ class Estimator:
             checkpointing=step.checkpointing,
             tail=tail,
         )
-        traces = tuple(self.traces(replace(base, moves=moves)) for moves in self.phases)
-        return Footprint(traces, Calibration.of(report) if calibration is None else calibration)
+        terms = Calibration.of(report) if calibration is None else calibration
+        key = (base, terms)
+        if key not in self._footprints:
+            traces = tuple(self.traces(replace(base, moves=moves)) for moves in self.phases)
+            self._footprints[key] = Footprint(traces, terms)
+        return self._footprints[key]
 
     def _budget(self, report: DeviceReport) -> int:
         return report.budget_bytes - int(self.settings.plan.margin_mib * MIB)
@@ -337,7 +346,9 @@ class Estimator:
         return NothingFits(report.client, "memory", reason, need, report.budget_bytes)
 
 
-def inputs_of(batch: Mapping[str, TensorSpec | torch.Tensor]) -> tuple[InputSpec, ...]:
+def inputs_of(
+    batch: Mapping[str, TensorSpec] | Mapping[str, torch.Tensor],
+) -> tuple[InputSpec, ...]:
     """Shapes of one sample from a task's ``example_batch``, or from a real batch."""
     return tuple(
         InputSpec(name, tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))

@@ -32,7 +32,20 @@ def kernels(accelerator: Accelerator) -> Iterator[None]:
             library.impl("scaled_dot_product_attention", _attention_cuda, "AutogradMeta")
         else:
             library.impl("scaled_dot_product_attention", _attention_cpu, "AutogradMeta")
+            library.impl("native_layer_norm", _layer_norm_cpu, "Meta")
         yield
+
+
+def _layer_norm_cpu(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and reciprocal deviation in the input's type (on a GPU, and on meta, in float32)."""
+    rows = x.shape[: x.dim() - len(shape)]
+    mixed = weight is not None and weight.dtype != x.dtype
+    moments = x.new_empty(
+        [*rows, *(1 for _ in shape)], dtype=torch.float32 if mixed else x.dtype
+    )  # (…, 1)
+    return torch.empty_like(x), moments, torch.empty_like(moments)
 
 
 def _dropout_cuda(x: Tensor, p: float, train: bool) -> Tensor:
@@ -97,7 +110,7 @@ def _attention_cpu(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Flash for CPU where torch takes it (no dropout), the composite otherwise."""
-    if dropout_p > 0 or enable_gqa or (attn_mask is not None and attn_mask.requires_grad):
+    if dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad):
         return _math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(

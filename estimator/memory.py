@@ -1,14 +1,17 @@
 """The memory of one step of the plan search on one kind of device, over all phases of a method."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankfit.estimator.allocator import Replay, replay
+from rankfit.estimator.allocator import ROUND_LARGE, Replay, replay_fast
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.trace import Breakdown, Ranks, Trace
+
+NEVER = 2**62
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,16 @@ class Footprint:
 
     traces: tuple[Trace, ...]
     calibration: Calibration = Calibration()
+    #: By total rank and rank: largest cap under which it failed, smallest under which it survived.
+    _known: dict[int, dict[int, tuple[int, int]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _reserved: dict[object, int] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _breakdowns: dict[object, Breakdown] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def reserves(self) -> bool:
@@ -38,78 +51,129 @@ class Footprint:
             for trace in self.traces
         )
 
+    def peak_row(self, ranks: Ranks, tail_ranks: Ranks = 0) -> NDArray[np.int64]:
+        """Linear form of the phase that takes most at these ranks: (variables,)."""
+        trace = max(
+            self.traces,
+            key=lambda trace: (
+                trace.peak_live(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
+                + self._resting(trace, ranks, tail_ranks)
+            ),
+        )
+        row = trace.peak_row(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
+        total: NDArray[np.int64] = row + self._resting_state(trace)
+        return total
+
     def replays(
         self, ranks: Ranks, tail_ranks: Ranks = 0, *, cap_bytes: int | None = None
     ) -> list[Replay]:
         """Replay of each phase; ``cap_bytes`` is the allocator's, without the context."""
-        results = []
-        for trace in self.traces:
-            sizes = trace.sizes @ trace.point(ranks, tail_ranks, self.calibration)
-            resting = self._resting(trace, ranks, tail_ranks)
-            # The resting state is there before all else.
-            results.append(
-                replay([*sizes.tolist(), resting], [len(sizes), *trace.events.tolist()], cap_bytes)
-            )
-        return results
+        return [self._replay(trace, ranks, tail_ranks, cap_bytes) for trace in self.traces]
 
     def expected(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> int:
         """Peak of the training process in bytes, CUDA context included."""
         if not self.reserves:
             return self.live(ranks, tail_ranks)
-        cap = budget_bytes - self.calibration.context
-        replays = self.replays(ranks, tail_ranks, cap_bytes=cap if cap > 0 else None)
-        if not all(result.survived for result in replays):
+        context, cap = self.calibration.context, budget_bytes - self.calibration.context
+        free = self._uncapped(ranks, tail_ranks)
+        if 0 < cap < free:
+            # Under a cap the allocator gives cached segments back, and may get by.
+            replays = self.replays(ranks, tail_ranks, cap_bytes=cap)
+            if all(result.survived for result in replays):
+                return context + max(result.reserved for result in replays)
+        return context + free
+
+    def _uncapped(self, ranks: Ranks, tail_ranks: Ranks) -> int:
+        """Reserved bytes without a cap, kept by ranks: the same for every device."""
+        key = (_key(ranks), _key(tail_ranks))
+        if key not in self._reserved:
             replays = self.replays(ranks, tail_ranks)
-        return self.calibration.context + max(result.reserved for result in replays)
+            self._reserved[key] = max(result.reserved for result in replays)
+        return self._reserved[key]
 
     def holds(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> bool:
         """Say whether these ranks train within a budget."""
         cap = budget_bytes - self.calibration.context
         if cap <= 0 or self.live(ranks, tail_ranks) > cap:
             return False
-        return not self.reserves or all(
-            result.survived for result in self.replays(ranks, tail_ranks, cap_bytes=cap)
-        )
+        return not self.reserves or self._survives(ranks, tail_ranks, cap)
 
     def largest(self, limit: int, budget_bytes: int, *, total_rank: int = 0) -> int:
         """Largest rank up to ``limit``, the same in every module, within a budget; 0 = none.
 
         Reserved memory is not monotone in the rank: the search starts at the bound from live bytes
-        and goes down one by one.
+        and goes down one by one. What a replay has shown is kept: a rank that survives under a cap
+        is taken to survive under a larger one.
 
         Parameters
         ----------
         total_rank : int
             Rank of the trained adapter and the frozen tail together; 0 = no tail.
         """
-        live = self._live_up_to(limit, total_rank)
-        candidates = np.flatnonzero(live <= budget_bytes - self.calibration.context) + 1
+        cap = budget_bytes - self.calibration.context
+        candidates = np.flatnonzero(self._live_up_to(limit, total_rank) <= cap) + 1
+        if not self.reserves:
+            return int(candidates[-1]) if len(candidates) else 0
+        cap -= cap % ROUND_LARGE  # segments are multiples of it
+        known = self._known.setdefault(total_rank, {})
         for rank in reversed(candidates.tolist()):
-            if not self.reserves or self.holds(rank, _tail(rank, total_rank), budget_bytes):
+            failed, survived = known.get(rank, (0, NEVER))
+            if failed < cap < survived:
+                if self._survives(rank, _tail(rank, total_rank), cap):
+                    survived = cap
+                else:
+                    failed = cap
+                known[rank] = (failed, survived)
+            if cap >= survived:
                 return int(rank)
         return 0
 
     def breakdown(self, ranks: Ranks, tail_ranks: Ranks = 0) -> Breakdown:
         """Categories of the phase that takes most."""
-        return max(
-            (
-                trace.breakdown(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
-                for trace in self.traces
-            ),
-            key=lambda breakdown: breakdown.total,
-        )
+        key = (_key(ranks), _key(tail_ranks))
+        if key not in self._breakdowns:
+            self._breakdowns[key] = max(
+                (
+                    trace.breakdown(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
+                    for trace in self.traces
+                ),
+                key=lambda breakdown: breakdown.total,
+            )
+        return self._breakdowns[key]
 
     def _live_up_to(self, limit: int, total_rank: int) -> NDArray[np.int64]:
         """Peak of live bytes at the ranks 1 … limit: (limit,)."""
-        ranks = range(1, limit + 1)
-        live = np.zeros(len(ranks), dtype=np.int64)
-        for trace in self.traces:
-            points = np.array(
-                [trace.point(r, _tail(r, total_rank), self.calibration) for r in ranks]
-            ).reshape(len(ranks), trace.peaks.shape[1])  # (limit, variables)
-            own = (points @ trace.peaks.T).max(axis=1, initial=0)
-            live = np.maximum(live, own + points @ self._resting_state(trace))
+        ranks = np.arange(1, limit + 1)
+        points = np.stack([np.ones_like(ranks), ranks, np.maximum(0, total_rank - ranks)])
+        live = np.zeros(limit, dtype=np.int64)
+        for forms in self._forms:
+            live = np.maximum(live, (forms @ points).max(axis=0, initial=0))
         return live
+
+    @cached_property
+    def _forms(self) -> list[NDArray[np.int64]]:
+        """Live bytes of each phase as (bytes, per rank, per tail rank): (moments, 3)."""
+        forms = []
+        for trace in self.traces:
+            resting, count = self._resting_state(trace), len(trace.modules)
+            rest = [0, resting[1 : 1 + count].sum(), resting[1 + count : 1 + 2 * count].sum()]
+            forms.append(trace.uniform(self.calibration) + np.array(rest))
+        return forms
+
+    def _survives(self, ranks: Ranks, tail_ranks: Ranks, cap_bytes: int) -> bool:
+        return all(
+            self._replay(trace, ranks, tail_ranks, cap_bytes).survived for trace in self.traces
+        )
+
+    def _replay(
+        self, trace: Trace, ranks: Ranks, tail_ranks: Ranks, cap_bytes: int | None
+    ) -> Replay:
+        sizes = trace.sizes(trace.point(ranks, tail_ranks, self.calibration))
+        resting = self._resting(trace, ranks, tail_ranks)
+        # The resting state is there before all else.
+        return replay_fast(
+            np.append(sizes, resting), np.append(len(sizes), trace.events), cap_bytes
+        )
 
     def _resting(self, trace: Trace, ranks: Ranks, tail_ranks: Ranks) -> int:
         """Bytes of optimizer state of the factors that only other phases move."""
@@ -122,6 +186,10 @@ class Footprint:
         state: NDArray[np.int64] = kept - trace.optimizer
         state[0] = 0
         return state
+
+
+def _key(ranks: Ranks) -> object:
+    return ranks if isinstance(ranks, int) else tuple(ranks.items())
 
 
 def _tail(rank: int, total_rank: int) -> int:

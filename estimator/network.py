@@ -9,6 +9,7 @@ from torch import nn
 
 from rankfit.adapters.names import Moves
 from rankfit.adapters.wire import WIRE_BYTES
+from rankfit.tasks.targets import weight_shape
 
 
 def link_bytes(seconds: float, mbps: float) -> float:
@@ -70,12 +71,7 @@ class Payload:
         cls, model: nn.Module, targets: Sequence[str], heads: Sequence[str], wire_dtype: str
     ) -> Self:
         """Read the shapes off a base model, with or without weights."""
-        shapes: dict[str, tuple[int, int]] = {}
-        for name in targets:
-            module = model.get_submodule(name)
-            if not isinstance(module, nn.Linear):
-                raise ValueError(f"{name!r} is a {type(module).__name__}; expected a Linear module")
-            shapes[name] = (module.out_features, module.in_features)
+        shapes = {name: weight_shape(model.get_submodule(name)) for name in targets}
         values = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
         return cls(shapes, values, wire_dtype)
 

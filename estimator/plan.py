@@ -6,6 +6,8 @@ from typing import Literal
 
 from rankfit.adapters.names import Moves
 
+#: What a client does beside plain training: ``prune`` its own rank (HetLoRA), measure ``scores``.
+Extra = Literal["prune", "scores"]
 Binding = Literal["memory", "upload", "download", "cap", "method"]
 Value = str | int | float | bool | list[str] | list[int]
 
@@ -32,6 +34,8 @@ class Plan:
         The constraint that kept the rank from being larger.
     tail_rank : int
         Total rank of the frozen second adapter plus the trained one (0 = no tail).
+    extras : tuple[Extra, ...]
+        What the client does beside plain training.
     """
 
     ranks: Mapping[str, int]
@@ -43,6 +47,7 @@ class Plan:
     budget_bytes: int
     binding: Binding
     tail_rank: int = 0
+    extras: tuple[Extra, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -62,6 +67,7 @@ class Plan:
             "budget-bytes": self.budget_bytes,
             "binding": self.binding,
             "tail-rank": self.tail_rank,
+            "extras": ",".join(self.extras),
         }
 
     @classmethod
@@ -79,4 +85,5 @@ class Plan:
             budget_bytes=record["budget-bytes"],  # type: ignore[arg-type]
             binding=record["binding"],  # type: ignore[arg-type]
             tail_rank=record["tail-rank"],  # type: ignore[arg-type]
+            extras=tuple(str(record["extras"]).split(",")) if record["extras"] else (),  # type: ignore[arg-type]
         )

@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from rankfit.adapters.names import Moves
 from rankfit.estimator.report import Accelerator
 
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "sgd"]
-Kind = Literal["image-classification", "text-classification"]
+Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]
 
 #: Bytes of one number.
 DTYPE_BYTES = {
@@ -103,7 +103,7 @@ class StepSpec:
 
     def __post_init__(self) -> None:
         choices = {
-            "kind": (self.kind, ("image-classification", "text-classification")),
+            "kind": (self.kind, get_args(Kind)),
             "accelerator": (self.accelerator, ("cuda", "cpu")),
             "attention": (self.attention, ("sdpa", "eager")),
             "precision": (self.precision, ("fp32", "bf16")),

@@ -67,15 +67,13 @@ def make_optimizer(spec: StepSpec, trained: list[nn.Parameter]) -> torch.optim.O
 
 
 def meta_batch(spec: StepSpec) -> dict[str, Tensor]:
-    """Build an empty batch of the spec's shapes on the meta device, floats in the base's type."""
-    batch = {}
-    for item in spec.inputs:
-        dtype = getattr(torch, item.dtype)
-        if dtype.is_floating_point and spec.precision == "bf16":
-            dtype = torch.bfloat16
-        shape = (spec.micro_batch, *item.shape)
-        batch[item.name] = torch.empty(shape, dtype=dtype, device="meta")
-    return batch
+    """Build an empty batch of the spec's shapes on the meta device."""
+    return {
+        item.name: torch.empty(
+            (spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype), device="meta"
+        )
+        for item in spec.inputs
+    }
 
 
 def build(

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rankfit.adapters.state import Adapter
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.adapted import chunks, load_adapter, predict
-from rankfit.tasks.models import inject, target_modules
+from rankfit.tasks.models import eject, inject
 from rankfit.tasks.task import Task
 
 
@@ -30,19 +31,28 @@ class Evaluator:
     def __init__(
         self, settings: RunSettings, task: Task, base: PreTrainedModel, heads: Sequence[str]
     ) -> None:
-        self._task = task
+        self._task, self._base, self._heads = task, base, heads
         self._batch_size = settings.server.evaluate_batch_size
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if settings.server.evaluate != "server":
-            return
-        ranks = dict.fromkeys(target_modules(base, settings.lora.targets), settings.lora.rank)
-        model = inject(base, ranks, scale=settings.lora.scale, dropout=0.0, heads=heads)
-        self._model = model.to(self._device)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: PeftModel | None = None
+        self._ranks: dict[str, int] = {}
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
-        """Metrics of the global adapter on the whole test split."""
-        load_adapter(self._model, adapter)
+        """Metrics of a global adapter, of whatever ranks, on the whole test split."""
+        model = self.hold(adapter)
         everything = range(len(self._task.test))
         batches = (self._task.test.collate(i) for i in chunks(everything, self._batch_size))
-        logits, labels = predict(self._model, batches, self._device)
+        logits, labels = predict(model, batches, self.device)
         return self._task.metrics(logits, labels)
+
+    def hold(self, adapter: Adapter) -> PeftModel:
+        """The base with an adapter in it; made anew only when the ranks differ from the last."""
+        if self._model is None or self._ranks != adapter.ranks:
+            if self._model is not None:
+                eject(self._model)
+            model = inject(
+                self._base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=self._heads
+            )
+            self._model, self._ranks = model.to(self.device), adapter.ranks
+        load_adapter(self._model, adapter)
+        return self._model

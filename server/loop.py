@@ -11,25 +11,25 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from torch.utils.tensorboard import SummaryWriter
 
+from rankfit.adapters.names import Moves
 from rankfit.adapters.state import Adapter, initial
 from rankfit.configs.seeds import derive
 from rankfit.configs.settings import RunSettings
 from rankfit.estimator.fit import Estimator, inputs_of
 from rankfit.estimator.plan import Plan
+from rankfit.estimator.tracer import TraceCache
 from rankfit.server import tables
 from rankfit.server.evaluation import Evaluator
+from rankfit.server.importance import Importance
 from rankfit.server.logs import console
 from rankfit.server.report import write_report
 from rankfit.server.rundir import Checkpoint, RunDirectory
 from rankfit.strategies import messages
 from rankfit.strategies.catalogue import find
 from rankfit.strategies.fleet import exchange
-from rankfit.strategies.heterogeneous_lora import (
-    HeterogeneousLora,
-    Outcome,
-    summarise,
-    weighted_mean,
-)
+from rankfit.strategies.heterogeneous_lora import HeterogeneousLora
+from rankfit.strategies.method import configured
+from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
 from rankfit.strategies.planning import Planner
 from rankfit.tasks.adapted import head_tensors, target_shapes
 from rankfit.tasks.catalogue import load_task
@@ -66,7 +66,7 @@ def federate(grid: Grid, settings: RunSettings) -> Adapter:
     checkpoint = directory.load() if settings.run.resume else None
     if checkpoint is not None:
         log.info("resuming %s after round %d", directory.path, checkpoint.round)
-        strategy.planner.restore(checkpoint.strategy)
+        strategy.restore(checkpoint.strategy, checkpoint.tensors, checkpoint.round)
     strategy.summary()
     strategy.prepare(grid, 0)  # a fleet that cannot train is refused before anything is written
     directory.create()
@@ -80,6 +80,7 @@ def federate(grid: Grid, settings: RunSettings) -> Adapter:
             outgoing = strategy.open_round(number, adapter, grid)
             known = _note_plans(federation, known, number)
             adapter, line = play_round(federation, grid, outgoing, number)
+            line |= {"diagnostics": strategy.diagnostics} if strategy.diagnostics else {}
             line["seconds"] = round(time.monotonic() - began, 3)
             _record(federation, events, adapter, line)
             log.info("%s", tables.round_line(line, settings.run.rounds))
@@ -92,7 +93,7 @@ def federate(grid: Grid, settings: RunSettings) -> Adapter:
 
 def build(settings: RunSettings) -> Federation:
     """Check and load everything that a run needs, cheapest checks first."""
-    method = find(settings.method.name)
+    method = configured(find(settings.method.name), settings)
     directory = RunDirectory(settings)
     task = load_task(settings)
     if settings.partition.kind != "local":
@@ -101,9 +102,11 @@ def build(settings: RunSettings) -> Federation:
     targets = target_modules(base, settings.lora.targets)
     heads = head_modules(base) if settings.head.mode == "trained" else ()
     shapes = target_shapes(base, targets, settings.lora.rank)
-    estimator = Estimator.for_run(
-        settings, base.config, inputs_of(task.example_batch(1)), phases=method.phases
-    )
+    traces, inputs = TraceCache(), inputs_of(task.example_batch(1))
+
+    def estimator(planned: RunSettings, phases: tuple[Moves, ...]) -> Estimator:
+        return Estimator.for_run(planned, base.config, inputs, phases=phases, traces=traces)
+
     start = initial(
         shapes,
         settings.lora.rank,
@@ -111,12 +114,12 @@ def build(settings: RunSettings) -> Federation:
         head_tensors(base, heads),
         derive(settings.run.seed, "adapter"),
     )
-    strategy = HeterogeneousLora(
-        settings, method, Planner(method, estimator), fingerprint(base, heads=heads)
-    )
-    return Federation(
-        settings, directory, strategy, Evaluator(settings, task, base, heads), start, heads
-    )
+    planner = Planner(settings, method, estimator)
+    own = fingerprint(base, heads=heads)
+    evaluator = Evaluator(settings, task, base, heads)
+    importance = Importance(settings, task, evaluator)
+    strategy = HeterogeneousLora(settings, method, planner, own, importance)
+    return Federation(settings, directory, strategy, evaluator, start, heads)
 
 
 def play_round(
@@ -140,7 +143,7 @@ def play_round(
     line: dict[str, Any] = {"round": number, **summarise(outcomes)}
     line["train-seconds"] = round(time.monotonic() - began, 3)
     if number % settings.server.evaluate_every == 0 or number == settings.run.rounds:
-        line["evaluation"] = _evaluate(federation, grid, adapter, number)
+        line["evaluation"] = _evaluate(federation, grid, strategy.exported(adapter), number)
     line["clients"] = {outcome.client: _client_line(outcome) for outcome in outcomes}
     return adapter, line
 
@@ -179,13 +182,22 @@ def _record(
 ) -> None:
     """Write a round down: its line first, then the checkpoint that makes it final."""
     federation.directory.append_round(line)
-    state = federation.strategy.planner.state()
-    federation.directory.save(Checkpoint(line["round"], adapter, state), federation.heads)
+    strategy = federation.strategy
+    exported = strategy.exported(adapter)
+    checkpoint = Checkpoint(
+        line["round"],
+        adapter,
+        strategy.state(),
+        strategy.tensors(),
+        None if exported is adapter else exported,
+    )
+    federation.directory.save(checkpoint, federation.heads)
     for key in ("train-loss", "updates", "dropped", "upload-bytes", "download-bytes", "seconds"):
         if key in line:
             events.add_scalar(f"round/{key}", line[key], line["round"])
-    for key, value in line.get("evaluation", {}).items():
-        events.add_scalar(f"evaluation/{key}", value, line["round"])
+    for group in ("evaluation", "diagnostics"):
+        for key, value in line.get(group, {}).items():
+            events.add_scalar(f"{group}/{key}", value, line["round"])
     events.flush()
 
 
@@ -216,6 +228,7 @@ def _client_line(outcome: Outcome) -> dict[str, Any]:
         "merged": line["merged"],
         **({"reason": line["reason"]} if line["reason"] else {}),
         **finite,
+        "parameters": line["parameters"],
         "upload-bytes": line["upload_bytes"],
         "download-bytes": line["download_bytes"],
     }

@@ -9,15 +9,17 @@ complete one; lines of rounds after it are dropped when the run resumes.
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rankfit.adapters.state import Adapter
 from rankfit.configs.settings import ConfigError, RunSettings, to_flat
@@ -29,17 +31,35 @@ KEPT = 2
 #: PEFT's file names.
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE = "run_state.json"
+#: Tensors of the strategy's state, and the adapter where another one is exported.
+TENSORS = "run_state.safetensors"
+_OWN = "adapter/"
 
 _TASK_TYPES = {"text-classification": "SEQ_CLS", "image-classification": None}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after a round: all that is needed to go on."""
+    """The state after a round: all that is needed to go on.
+
+    Attributes
+    ----------
+    round : int
+        Rounds that are done.
+    adapter : Adapter
+        Global adapter that training goes on from.
+    strategy, tensors : Mapping
+        State of the strategy: what JSON holds, and tensors by name.
+    exported : Adapter or None
+        What is saved for use in the adapter's place (a moving average, or with what was folded
+        into the base); None = the adapter itself.
+    """
 
     round: int
     adapter: Adapter
     strategy: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    exported: Adapter | None = None
 
 
 class RunDirectory:
@@ -101,7 +121,12 @@ class RunDirectory:
         partial = folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_adapter(partial, checkpoint.adapter, self.settings, heads)
+        write_adapter(partial, checkpoint.exported or checkpoint.adapter, self.settings, heads)
+        tensors = dict(checkpoint.tensors)
+        if checkpoint.exported is not None:
+            tensors |= {_OWN + n: t for n, t in checkpoint.adapter.state_dict().items()}
+        if tensors:
+            save_file({n: t.contiguous().clone() for n, t in tensors.items()}, partial / TENSORS)
         state = {"round": checkpoint.round, "scale": checkpoint.adapter.scale}
         (partial / STATE).write_text(
             json.dumps(state | {"strategy": checkpoint.strategy}, indent=1), encoding="utf-8"
@@ -122,9 +147,12 @@ class RunDirectory:
             self._truncate(-1)
             return None
         state = json.loads((link / STATE).read_text(encoding="utf-8"))
-        adapter = Adapter.from_state_dict(load_file(link / WEIGHTS), state["scale"])
+        tensors = load_file(link / TENSORS) if (link / TENSORS).exists() else {}
+        own = {n.removeprefix(_OWN): t for n, t in tensors.items() if n.startswith(_OWN)}
+        adapter = Adapter.from_state_dict(own or load_file(link / WEIGHTS), state["scale"])
         self._truncate(state["round"])
-        return Checkpoint(state["round"], adapter, state["strategy"])
+        kept = {n: t for n, t in tensors.items() if not n.startswith(_OWN)}
+        return Checkpoint(state["round"], adapter, state["strategy"], kept)
 
     def _link(self, target: Path) -> None:
         """Point ``checkpoint`` at a folder in one step."""
@@ -162,13 +190,14 @@ def write_adapter(
     """Write an adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it."""
     state = {name: tensor.contiguous() for name, tensor in adapter.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    ranks = set(adapter.ranks.values())
-    if len(ranks) != 1:
-        raise ValueError(f"the global adapter has ranks {sorted(ranks)}; expected one")
-    rank = ranks.pop()
+    rank = max(adapter.ranks.values())
+    # PEFT reads a pattern as a regular expression that may match the end of a name.
+    patterns = {f"^{re.escape(m)}": own for m, own in adapter.ranks.items() if own != rank}
     LoraConfig(
         r=rank,
         lora_alpha=adapter.scale * rank,
+        rank_pattern=patterns,
+        alpha_pattern={pattern: adapter.scale * own for pattern, own in patterns.items()},
         target_modules=sorted(adapter.factors),
         lora_dropout=settings.lora.dropout,
         modules_to_save=sorted(heads) or None,

@@ -148,6 +148,25 @@ def sample(clients: Mapping[str, object] | Iterable[str], count: int, seed: int)
     return sorted(random.Random(seed).sample(ordered, min(count, len(ordered))), key=natural)
 
 
+def sample_by_weight(weights: Mapping[str, float], count: int, seed: int) -> list[str]:
+    """Draw ``count`` different clients, each draw in proportion to the weights that are left.
+
+    Raises
+    ------
+    ValueError
+        If a weight is not above 0.
+    """
+    bad = {client: weight for client, weight in weights.items() if not weight > 0}
+    if bad:
+        raise ValueError(f"clients cannot be drawn by these weights: {bad}; expected above 0")
+    left, drawn, generator = dict(weights), list[str](), random.Random(seed)
+    while left and len(drawn) < count:
+        ordered = sorted(left, key=natural)
+        drawn += generator.choices(ordered, [left[client] for client in ordered])
+        del left[drawn[-1]]
+    return sorted(drawn, key=natural)
+
+
 def round_seed(seed: int, server_round: int) -> int:
     """Seed of the sampling of one round."""
     return derive(seed, "sample", server_round)

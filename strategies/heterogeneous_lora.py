@@ -6,55 +6,37 @@ and says what became of every client. Flower's own interface is the same three s
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
+from rankfit.adapters.folding import join
 from rankfit.adapters.merge import Merge
 from rankfit.adapters.state import Adapter
-from rankfit.adapters.wire import decode, encode
+from rankfit.adapters.wire import decode, encode, round_trip
 from rankfit.configs.seeds import derive
 from rankfit.configs.settings import RunSettings
 from rankfit.estimator.plan import Plan
 from rankfit.strategies import messages
-from rankfit.strategies.fleet import Fleet, round_seed, sample
+from rankfit.strategies.advance import Advance
+from rankfit.strategies.diagnosis import Diagnosis
+from rankfit.strategies.fleet import Fleet, round_seed, sample, sample_by_weight
 from rankfit.strategies.method import Method
+from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
 from rankfit.strategies.planning import Planner
 from rankfit.strategies.replies import Assignment, BadUpdate, Metrics, read_update
+from rankfit.strategies.scores import ScoreBook
+from rankfit.strategies.start import Share
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one client in a round.
-
-    Attributes
-    ----------
-    client : str
-        Name of the client.
-    rank : int
-        Rank that it was asked to train.
-    merged : bool
-        Whether its update is part of the merge.
-    reason : str
-        Why not ("" when merged).
-    metrics : Mapping[str, int | float]
-        What it measured, as it said (empty when nothing came).
-    upload_bytes, download_bytes : int
-        Bytes of adapter from and to it.
-    """
-
-    client: str
-    rank: int
-    merged: bool
-    reason: str
-    metrics: Metrics
-    upload_bytes: int
-    download_bytes: int
+#: Measures the importance of each module at a global adapter, in a round.
+Scorer = Callable[[Adapter, int], Mapping[str, float]]
 
 
 @dataclass
@@ -64,6 +46,8 @@ class TrainingRound:
     number: int
     merge: Merge
     assignments: list[Assignment]
+    diagnosis: Diagnosis | None
+    scores: ScoreBook
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
@@ -80,15 +64,28 @@ class HeterogeneousLora(Strategy):
         Gives each device its plan.
     fingerprint : str
         Of the base model; a client with another base refuses.
+    scorer : Scorer
+        Measures importance scores on the server, for methods that ask for them.
     """
 
     def __init__(
-        self, settings: RunSettings, method: Method, planner: Planner, fingerprint: str
+        self,
+        settings: RunSettings,
+        method: Method,
+        planner: Planner,
+        fingerprint: str,
+        scorer: Scorer,
     ) -> None:
         self.settings = settings
         self.method = method
         self.planner = planner
         self.fingerprint = fingerprint
+        self.advance = Advance(settings, method.start.folds)
+        #: Figures of the last closed round; see :class:`~rankfit.strategies.diagnosis.Diagnosis`.
+        self.diagnostics: dict[str, float] = {}
+        #: Samples of each client, as its updates say.
+        self.samples: dict[str, float] = {}
+        self._scorer = scorer
         self.fleet = Fleet(settings.server.wait_seconds)
         self.plans: dict[str, Plan] = {}
         self._round: TrainingRound | None = None
@@ -105,8 +102,8 @@ class HeterogeneousLora(Strategy):
 
         def ready() -> int:
             reports = {name: device.report for name, device in self.fleet.devices.items()}
-            self.plans = self.planner.plan_fleet(reports)
-            return len(self.plans)
+            self.plans = self.planner.plan_fleet(reports, server_round)
+            return self.planner.able
 
         self.fleet.wait(grid, server_round, ready, server.min_clients, server.wait_seconds)
 
@@ -118,28 +115,33 @@ class HeterogeneousLora(Strategy):
         FleetError
             If too few clients are there in time.
         """
+        where = self.settings.method.scores
+        if where == "server" and self.method.allocate.scored(server_round, self.settings):
+            self.planner.scores = dict(self._scorer(adapter, server_round))
         self.prepare(grid, server_round)
-        seed = round_seed(self.settings.run.seed, server_round)
-        clients = sample(self.plans, self.settings.server.clients_per_round, seed)
-        sent = Adapter.from_state_dict(
-            decode(encode(adapter.state_dict(), self.settings.wire.dtype)), adapter.scale
-        )
-        moves = self.method.schedule(server_round)
+        clients = self._sample(round_seed(self.settings.run.seed, server_round))
+        sent = self._arrives(adapter)
+        folded = self.advance.folded and self._arrives(self.advance.folded)
+        diagnosis = Diagnosis(adapter) if self.settings.server.diagnostics else None
         assignments, outgoing = [], []
         for client in clients:
-            plan = replace(self.plans[client], moves=moves)
-            assignment, message = self._assign(client, plan, sent, server_round)
+            plan = self.plans[client]
+            seed = derive(self.settings.run.seed, "start", server_round, client)
+            share = self.method.start.share(sent, folded, plan, seed)
+            if diagnosis is not None:
+                diagnosis.start(share, self.method.start.folds)
+            assignment, message = self._assign(client, plan, share, server_round)
             assignments.append(assignment)
             outgoing.append(message)
         merge = self.method.merge(adapter, derive(self.settings.run.seed, "merge", server_round))
-        self._round = TrainingRound(server_round, merge, assignments)
+        self._round = TrainingRound(server_round, merge, assignments, diagnosis, ScoreBook())
         return outgoing
 
     def fold(self, position: int, reply: Message) -> Outcome:
         """Check the reply to the message at ``position`` and merge it, or say why not."""
         current = self._current()
         assignment = current.assignments[position]
-        outcome = self._judge(current.merge, assignment, reply)
+        outcome = self._judge(current, assignment, reply)
         current.outcomes[assignment.client] = outcome
         return outcome
 
@@ -149,7 +151,7 @@ class HeterogeneousLora(Strategy):
         self._round = None
         outcomes = []
         for assignment in current.assignments:
-            missing = self._dropped(assignment, "no answer before the deadline", {}, 0)
+            missing = _dropped(assignment, "no answer before the deadline", {}, 0)
             outcomes.append(current.outcomes.get(assignment.client, missing))
         for outcome in outcomes:
             if not outcome.merged:
@@ -157,12 +159,24 @@ class HeterogeneousLora(Strategy):
                     "round %d: update of %s dropped: %s",
                     current.number, outcome.client, outcome.reason,
                 )  # fmt: skip
-        return current.merge.finish(), outcomes
+        self.planner.scores |= current.scores.means()
+        merged = self.advance(current.merge)
+        if current.diagnosis is not None:
+            self.diagnostics = current.diagnosis.figures(
+                self.advance.merged or merged,
+                current.merge.residual(),
+                join(merged, self.advance.folded),
+            )
+        return merged, outcomes
+
+    def exported(self, adapter: Adapter) -> Adapter:
+        """What is evaluated and saved in the place of the adapter that training goes on from."""
+        return self.advance.exported(adapter)
 
     def evaluation_messages(self, server_round: int, adapter: Adapter) -> list[Message]:
         """Build one evaluation message, with the whole global adapter, for each client."""
         record = messages.arrays_record(encode(adapter.state_dict(), self.settings.wire.dtype))
-        config = ConfigRecord(self._config(server_round, adapter.scale))
+        config = ConfigRecord({**self._config(server_round, adapter.scale)})
         seed = derive(self.settings.run.seed, "evaluate", server_round)
         clients = sample(self.plans, self.settings.server.clients_per_round, seed)
         return [
@@ -175,6 +189,25 @@ class HeterogeneousLora(Strategy):
             )
             for client in clients
         ]
+
+    def state(self) -> dict[str, Any]:
+        """All that the next rounds depend on beside the adapter and :meth:`tensors`, for JSON."""
+        state = self.planner.state()
+        if self.settings.server.sampling == "samples":
+            state["samples"] = dict(self.samples)
+        return state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors among it."""
+        return self.advance.state()
+
+    def restore(
+        self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], server_round: int
+    ) -> None:
+        """Take over the state of an interrupted run."""
+        self.planner.restore(state)
+        self.samples = {c: float(n) for c, n in state.get("samples", {}).items()}
+        self.advance.restore(tensors, server_round)
 
     # Flower's interface: the same steps, with the global adapter as an ArrayRecord.
 
@@ -194,7 +227,7 @@ class HeterogeneousLora(Strategy):
             self.fold(nodes.index(reply.metadata.src_node_id), reply)
         adapter, outcomes = self.close_round()
         arrays = messages.arrays_record(encode(adapter.state_dict(), "float32"))
-        return arrays, MetricRecord(summarise(outcomes))
+        return arrays, MetricRecord({**summarise(outcomes)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -209,7 +242,7 @@ class HeterogeneousLora(Strategy):
     ) -> MetricRecord | None:
         """Average the clients' metrics, weighted by samples."""
         total = weighted_mean(messages.metrics(r) for r in replies if not r.has_error())
-        return MetricRecord(total) if total else None
+        return MetricRecord({**total}) if total else None
 
     def summary(self) -> None:
         """Log the method and the limits of the run."""
@@ -219,29 +252,46 @@ class HeterogeneousLora(Strategy):
             self.settings.lora.rank, self.settings.lora.scale, self.settings.wire.dtype,
         )  # fmt: skip
 
+    def _sample(self, seed: int) -> list[str]:
+        count = self.settings.server.clients_per_round
+        if self.settings.server.sampling == "uniform":
+            return sample(self.plans, count, seed)
+        # What a client has not reported is learnt from its first update; until then it counts as
+        # the mean of those that are known.
+        reported = {c: self.fleet.devices[c].report.samples for c in self.plans}
+        known = self.samples | {c: n for c, n in reported.items() if n > 0}
+        mean = sum(known.values()) / len(known) if known else 1.0
+        return sample_by_weight({c: known.get(c, mean) for c in self.plans}, count, seed)
+
+    def _arrives(self, adapter: Adapter) -> Adapter:
+        """An adapter after the wire type's rounding."""
+        state = round_trip(adapter.state_dict(), self.settings.wire.dtype)
+        return Adapter.from_state_dict(state, adapter.scale)
+
     def _assign(
-        self, client: str, plan: Plan, sent: Adapter, server_round: int
+        self, client: str, plan: Plan, share: Share, server_round: int
     ) -> tuple[Assignment, Message]:
-        """Cut the global adapter to a plan and address it. With a tail the whole of it travels."""
+        """Address a client's share to it."""
         node_id = self.fleet.devices[client].node_id
-        given = sent.cut(plan.ranks)
-        travels = sent if plan.tail_rank else given
-        arrays = encode(travels.state_dict(), self.settings.wire.dtype)
-        config = self._config(server_round, sent.scale) | {"client": client} | plan.to_dict()
+        arrays = encode(share.travels.state_dict(), self.settings.wire.dtype)
+        config = self._config(server_round, share.given.scale) | {"client": client}
         content = RecordDict(
-            {"adapter": messages.arrays_record(arrays), "plan": ConfigRecord(config)}
+            {
+                "adapter": messages.arrays_record(arrays),
+                "plan": ConfigRecord({**config, **plan.to_dict()}),
+            }
         )
         ttl = self.settings.server.round_timeout_seconds
         message = messages.message(content, node_id, messages.TRAIN, server_round, ttl)
         download = sum(array.nbytes for array in arrays.values())
-        return Assignment(client, node_id, plan, given, download), message
+        return Assignment(client, node_id, plan, share.given, download, share.indices), message
 
     def _config(self, server_round: int, scale: float) -> dict[str, int | float | str]:
         return {"round": server_round, "scale": scale, "fingerprint": self.fingerprint}
 
-    def _judge(self, merge: Merge, assignment: Assignment, reply: Message) -> Outcome:
+    def _judge(self, current: TrainingRound, assignment: Assignment, reply: Message) -> Outcome:
         if reply.has_error():
-            return self._dropped(assignment, messages.failure(reply), {}, 0)
+            return _dropped(assignment, messages.failure(reply), {}, 0)
         metrics = messages.metrics(reply)
         arrays = messages.adapter_arrays(reply)
         upload = sum(array.nbytes for array in arrays.values())
@@ -254,22 +304,20 @@ class HeterogeneousLora(Strategy):
             )
             self.planner.ran_out(assignment.client, assignment.plan)
         try:
-            merge.add(
-                read_update(assignment, arrays, metrics, self.settings.server.max_update_norm)
-            )
+            update = read_update(assignment, arrays, metrics, self.settings.server.max_update_norm)
+            self.samples[assignment.client] = update.weight
+            if self.settings.server.sampling == "samples":
+                # Clients of many samples come more often; they must not count for more as well.
+                update = replace(update, weight=1.0)
+            current.merge.add(update)
         except (BadUpdate, ValueError) as error:
-            return self._dropped(assignment, str(error), metrics, upload)
-        return Outcome(
-            assignment.client, assignment.plan.rank, True, "", metrics, upload,
-            assignment.download_bytes,
-        )  # fmt: skip
-
-    @staticmethod
-    def _dropped(assignment: Assignment, reason: str, metrics: Metrics, upload: int) -> Outcome:
-        return Outcome(
-            assignment.client, assignment.plan.rank, False, reason, metrics, upload,
-            assignment.download_bytes,
-        )  # fmt: skip
+            return _dropped(assignment, str(error), metrics, upload)
+        if current.diagnosis is not None:
+            current.diagnosis.see(update)
+        current.scores.see(metrics)
+        if metrics.get("pruned", 0) > 0:
+            self.planner.pruned(assignment.client, int(metrics["rank-cap"]))
+        return replace(_dropped(assignment, "", ScoreBook.without(metrics), upload), merged=True)
 
     def _current(self) -> TrainingRound:
         if self._round is None:
@@ -282,32 +330,16 @@ class HeterogeneousLora(Strategy):
         )
 
 
-def summarise(outcomes: Iterable[Outcome]) -> dict[str, int | float]:
-    """Totals of a round: loss and seconds weighted or summed over the merged updates."""
-    listed = list(outcomes)
-    merged = [outcome for outcome in listed if outcome.merged]
-    samples = sum(float(o.metrics["num-examples"]) for o in merged)
-    weighted = sum(
-        float(o.metrics.get("train-loss", 0.0)) * float(o.metrics["num-examples"]) for o in merged
+def _dropped(assignment: Assignment, reason: str, metrics: Metrics, upload: int) -> Outcome:
+    """The outcome of a client whose update is not part of the merge."""
+    trained = assignment.given.moving(assignment.plan.moves).values()
+    return Outcome(
+        client=assignment.client,
+        rank=assignment.plan.rank,
+        merged=False,
+        reason=reason,
+        metrics=metrics,
+        upload_bytes=upload,
+        download_bytes=assignment.download_bytes,
+        parameters=sum(tensor.numel() for tensor in trained),
     )
-    total: dict[str, int | float] = {
-        "updates": len(merged),
-        "dropped": len(listed) - len(merged),
-        "num-examples": int(samples),
-        "upload-bytes": sum(o.upload_bytes for o in listed),
-        "download-bytes": sum(o.download_bytes for o in listed),
-    }
-    return total | ({"train-loss": weighted / samples} if samples else {})
-
-
-def weighted_mean(replies: Iterable[Mapping[str, int | float]]) -> dict[str, float]:
-    """Mean of metrics over clients, weighted by ``num-examples``; empty when there is none."""
-    usable = [metrics for metrics in replies if metrics.get("num-examples", 0) > 0]
-    total = sum(float(metrics["num-examples"]) for metrics in usable)
-    if not usable:
-        return {}
-    keys = set.intersection(*(set(metrics) for metrics in usable)) - {"num-examples"}
-    return {
-        key: sum(float(m[key]) * float(m["num-examples"]) for m in usable) / total
-        for key in sorted(keys)
-    }

@@ -1,20 +1,20 @@
-"""What a federated LoRA method is: allocation, schedule and merge, declared in one value.
+"""What a federated LoRA method is: allocation, schedule, merge and start, declared in one value.
 
-The run loop knows no method by name; it asks the declaration. A new method is one file in
-``strategies/catalogue`` with a ``METHOD``.
+The run loop and the strategy know no method by name; they ask the declaration. A new method is one
+file in ``strategies/catalogue`` with a ``METHOD``.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rankfit.adapters.merge import Merge
-from rankfit.adapters.names import Moves
 from rankfit.adapters.state import Adapter
+from rankfit.configs.settings import ConfigError, RunSettings, split_list
+from rankfit.estimator.plan import Extra
+from rankfit.strategies.allocation import Allocation
+from rankfit.strategies.schedule import Schedule
+from rankfit.strategies.start import Leading, Start
 
-#: Largest rank that each client can train → rank that each is given.
-Allocation = Callable[[Mapping[str, int]], Mapping[str, int]]
-#: Round (from 1) → factors that move in it.
-Schedule = Callable[[int], Moves]
 #: Global adapter of the round and a seed → empty merge.
 MergeFactory = Callable[[Adapter, int], Merge]
 
@@ -28,14 +28,17 @@ class Method:
     name, summary, source : str
         Name in the catalogue, one line, and the paper.
     allocate : Allocation
-        Who trains which rank.
+        Who trains which rank of which module.
     schedule : Schedule
         Which factors move in which round.
-    phases : tuple[Moves, ...]
-        All values that the schedule can take; a plan must fit each of them.
     merge : MergeFactory
-        How updates become the next global adapter. Every client starts from the first ``rank``
-        directions of the global adapter.
+        How updates become the next global adapter.
+    start : Start
+        What each client is given: by default the first directions of the global adapter.
+    extras : tuple[Extra, ...]
+        What a client does beside plain training.
+    parts : Mapping[str, Callable[[Method], Method]]
+        Parts that ``method.without`` can switch off, each with the method as it is without it.
     """
 
     name: str
@@ -43,26 +46,33 @@ class Method:
     source: str
     allocate: Allocation
     schedule: Schedule
-    phases: tuple[Moves, ...]
     merge: MergeFactory
+    start: Start = field(default_factory=Leading)
+    extras: tuple[Extra, ...] = ()
+    parts: Mapping[str, "Callable[[Method], Method]"] = field(default_factory=dict)
 
 
-def own_rank(largest: Mapping[str, int]) -> Mapping[str, int]:
-    """Give each client the largest rank that it can train."""
-    return dict(largest)
+def configured(method: Method, settings: RunSettings) -> Method:
+    """Switch off the parts that ``method.without`` names, and check what the method cannot do.
+
+    Raises
+    ------
+    ConfigError
+        For a part that the method does not have, or a setting that it cannot work with.
+    """
+    for part in split_list(settings.method.without):
+        if part not in method.parts:
+            has = ", ".join(method.parts) or "none"
+            raise ConfigError(
+                f"method.without: {method.name} has no part {part!r} that can be switched off "
+                f"(it has: {has})"
+            )
+        method = method.parts[part](method)
+    method.start.check(method.name, settings)
+    return method
 
 
-def one_rank(largest: Mapping[str, int]) -> Mapping[str, int]:
-    """Give every client the rank of the weakest: averaging of factors needs one rank."""
-    weakest = min(largest.values(), default=0)
-    return dict.fromkeys(largest, weakest)
-
-
-def both(server_round: int) -> Moves:
-    """Train both factors in every round."""
-    return "both"
-
-
-def b_then_a(server_round: int) -> Moves:
-    """Train B in odd rounds, A in even ones: B starts at zero, so A has no gradient before it."""
-    return "b" if server_round % 2 == 1 else "a"
+def with_tail(settings: RunSettings) -> RunSettings:
+    """The same settings with ``method.tail`` on."""
+    own = settings.method.model_copy(update={"tail": True})
+    return settings.model_copy(update={"method": own})

@@ -1,20 +1,27 @@
 """Plans for a fleet: what the estimator allows each device, and what the method makes of it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from rankfit.configs.settings import ConfigError
+from rankfit.adapters.names import Moves
+from rankfit.configs.settings import ConfigError, RunSettings
+from rankfit.estimator.correction import Corrections
 from rankfit.estimator.fit import Estimator, NothingFits
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.report import DeviceReport
-from rankfit.strategies.method import Method
+from rankfit.strategies.allocation import Choice
+from rankfit.strategies.budget import Budget
+from rankfit.strategies.method import Method, with_tail
 
 log = logging.getLogger(__name__)
 
 #: After out of memory, a client is planned with this share of what the failed plan was to take.
 AFTER_FAILURE = 0.95
+
+#: Settings and the phases of a stage of the run → estimator of plans that hold in each of them.
+Estimators = Callable[[RunSettings, tuple[Moves, ...]], Estimator]
 
 
 class Planner:
@@ -22,47 +29,96 @@ class Planner:
 
     Parameters
     ----------
+    settings : RunSettings
+        The run.
     method : Method
         Its allocation turns the largest ranks into the ranks that clients get.
-    estimator : Estimator
-        Gives a device the largest rank that fits.
+    estimators : Estimators
+        Give a device the largest rank that fits; asked once for each stage of the method.
     """
 
-    def __init__(self, method: Method, estimator: Estimator) -> None:
+    def __init__(self, settings: RunSettings, method: Method, estimators: Estimators) -> None:
+        self._settings = settings
         self._method = method
-        self._estimator = estimator
+        self._make = estimators
+        self._estimators: dict[tuple[bool, tuple[Moves, ...]], Estimator] = {}
         #: Bytes that a client is trusted with after it ran out of memory, by its name.
         self._ceilings: dict[str, int] = {}
+        #: What kinds of devices were measured to take above their estimates.
+        self.corrections = Corrections()
+        self._reports: dict[str, DeviceReport] = {}
+        #: Rank that a client pruned itself to, by its name.
+        self._pruned: dict[str, int] = {}
+        #: Importance of each module, for methods that ask for it; empty before it is measured.
+        self.scores: dict[str, float] = {}
         #: Why a client gets no plan.
         self.refused: dict[str, str] = {}
-        self._fits: dict[DeviceReport, Plan | NothingFits] = {}
+        #: Clients that could train, whether or not the method gives them anything to do.
+        self.able = 0
+        self._fits: dict[tuple[tuple[Moves, ...], DeviceReport], Plan | NothingFits] = {}
+        self._priced: dict[object, Plan | None] = {}
 
-    def plan_fleet(self, reports: Mapping[str, DeviceReport]) -> dict[str, Plan]:
-        """Plan for every device that can train; the others are in :attr:`refused`.
+    def plan_fleet(
+        self, reports: Mapping[str, DeviceReport], server_round: int = 1
+    ) -> dict[str, Plan]:
+        """Plan a round for every device that can train; the others are in :attr:`refused`.
 
         Raises
         ------
         ConfigError
-            If there are devices, and none of them can train.
+            If there are devices, and none of them can train, or the method cannot use them.
         """
+        stage = self._method.schedule(max(1, server_round), self._settings)
+        estimator = self._estimator(stage.phases)
+        self._reports = dict(reports)
         limited = {name: self._limit(report) for name, report in reports.items()}
         fitted: dict[str, Plan] = {}
         self.refused = {}
         for client, report in limited.items():
-            fit = self._fit(report)
+            fit = self._fit(estimator, report)
             if isinstance(fit, NothingFits):
                 self.refused[client] = fit.reason
             else:
                 fitted[client] = fit
         if reports and not fitted:
-            listed = "; ".join(f"{client} {reason}" for client, reason in self.refused.items())
-            raise ConfigError(f"no device can train even plan.min-rank: {listed}")
-        ranks = self._method.allocate({client: plan.rank for client, plan in fitted.items()})
+            raise self._nobody()
+        self.able = len(fitted)
+        plans = self._spend(estimator, limited, fitted, max(1, server_round))
+        if reports and not plans:
+            raise self._nobody()
         return {
-            client: self._at(limited[client], fitted[client], ranks[client])
-            for client in fitted
-            if ranks[client] > 0
+            client: replace(plan, moves=stage.moves, extras=self._extras(server_round))
+            for client, plan in plans.items()
         }
+
+    def _spend(
+        self,
+        estimator: Estimator,
+        reports: Mapping[str, DeviceReport],
+        fitted: Mapping[str, Plan],
+        server_round: int,
+    ) -> dict[str, Plan]:
+        """Plans at the ranks that the method chooses, within every device's budgets."""
+        largest = {
+            client: min(plan.rank, self._pruned.get(client, plan.rank))
+            for client, plan in fitted.items()
+        }
+        modules = tuple(estimator.spec.targets)
+        choice = Choice(largest, modules, server_round, self._settings, self.scores)
+        plans = {}
+        for client, ranks in self._method.allocate.ranks(choice).items():
+            wanted = {module: rank for module, rank in ranks.items() if rank > 0}
+            if not wanted:
+                continue
+            plan = self._priced_at(estimator, reports[client], fitted[client], wanted)
+            if plan is None:
+                self.refused[client] = self._unaffordable(estimator, fitted[client])
+            else:
+                plans[client] = plan
+        for client in fitted:
+            if client not in plans and client not in self.refused:
+                self.refused[client] = f"left out by method {self._method.name}"
+        return plans
 
     def ran_out(self, client: str, plan: Plan) -> None:
         """Plan smaller for a client that ran out of memory at a plan."""
@@ -70,27 +126,104 @@ class Planner:
         self._ceilings[client] = min(ceiling, self._ceilings.get(client, ceiling))
         log.info("client %s is planned with %.1f MiB from now on", client, ceiling / 2**20)
 
+    def measured(self, client: str, plan: Plan, peak_bytes: int) -> None:
+        """Correct the figures of a client's kind of device from a peak that it measured.
+
+        Only for updates that trained their whole plan, without falling back to a smaller one.
+        """
+        if client in self._reports:
+            self.corrections.learn(self._reports[client], plan.peak_bytes, peak_bytes)
+
+    def pruned(self, client: str, rank: int) -> None:
+        """Plan at most at the rank that a client pruned itself to."""
+        self._pruned[client] = min(rank, self._pruned.get(client, rank))
+
     def state(self) -> dict[str, Any]:
         """What was learnt about the fleet, for the checkpoint."""
-        return {"ceilings": dict(self._ceilings)}
+        learnt: dict[str, Any] = {"ceilings": dict(self._ceilings)}
+        if self.corrections.state():
+            learnt["corrections"] = self.corrections.state()
+        if self._pruned:
+            learnt["pruned"] = dict(self._pruned)
+        if self.scores:
+            learnt["scores"] = dict(self.scores)
+        return learnt
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what an interrupted run had learnt."""
         self._ceilings = {client: int(value) for client, value in state.get("ceilings", {}).items()}
+        self.corrections.restore(state.get("corrections", {}))
+        self._pruned = {client: int(rank) for client, rank in state.get("pruned", {}).items()}
+        self.scores = {module: float(score) for module, score in state.get("scores", {}).items()}
+
+    def _extras(self, server_round: int) -> tuple[Any, ...]:
+        """What clients do beside training: scores are measured in the round before they are due."""
+        settings, due = (
+            self._settings,
+            self._method.allocate.scored(server_round + 1, self._settings),
+        )
+        asked = ("scores",) if due and settings.method.scores == "clients" else ()
+        return (*self._method.extras, *asked)
+
+    def _estimator(self, phases: tuple[Moves, ...], tail: bool = False) -> Estimator:
+        if (tail, phases) not in self._estimators:
+            settings = with_tail(self._settings) if tail else self._settings
+            self._estimators[tail, phases] = self._make(settings, phases)
+        return self._estimators[tail, phases]
 
     def _limit(self, report: DeviceReport) -> DeviceReport:
-        ceiling = self._ceilings.get(report.client)
-        if ceiling is None or ceiling >= report.free_bytes:
-            return report
-        return replace(report, free_bytes=ceiling)
+        budget = report.budget_bytes
+        free = min(budget, self._ceilings.get(report.client, budget))
+        free = max(0, free - self.corrections.extra_bytes(report))
+        return report if free == budget else replace(report, free_bytes=free)
 
-    def _fit(self, report: DeviceReport) -> Plan | NothingFits:
+    def _fit(self, estimator: Estimator, report: DeviceReport) -> Plan | NothingFits:
         # Devices of one kind share a plan: ten thousand of them cost as much as one.
-        kind = replace(report, client="", uuid="", samples=-1)
-        if kind not in self._fits:
-            fit = self._estimator.fit(kind)
-            self._fits[kind] = fit if isinstance(fit, NothingFits) else fit.plan
-        return self._fits[kind]
+        key = (estimator.phases, _kind(report))
+        if key not in self._fits:
+            fit = estimator.fit(key[1])
+            found = (
+                fit if isinstance(fit, NothingFits) else self._tailed(estimator, key[1], fit.plan)
+            )
+            self._fits[key] = found
+        return self._fits[key]
 
-    def _at(self, report: DeviceReport, plan: Plan, rank: int) -> Plan:
-        return plan if rank == plan.rank else self._estimator.lower(report, plan, rank)
+    def _tailed(self, estimator: Estimator, report: DeviceReport, plan: Plan) -> Plan:
+        """The plan with a tail, where the method brings one and it costs no trained rank."""
+        if plan.tail_rank or not self._method.start.brings_tail:
+            return plan
+        fit = self._estimator(estimator.phases, tail=True).fit(report)
+        if isinstance(fit, NothingFits):
+            return plan
+        same = replace(
+            fit.plan, tail_rank=plan.tail_rank, peak_bytes=plan.peak_bytes, binding=plan.binding
+        )
+        return fit.plan if same == plan else plan
+
+    def _priced_at(
+        self, estimator: Estimator, report: DeviceReport, plan: Plan, ranks: Mapping[str, int]
+    ) -> Plan | None:
+        kind = _kind(report)
+        key = (estimator.phases, kind, tuple(sorted(ranks.items())))
+        if key not in self._priced:
+            budget = Budget(estimator, kind, plan, self._method.start.folds)
+            self._priced[key] = budget.fit(ranks)
+        return self._priced[key]
+
+    def _unaffordable(self, estimator: Estimator, plan: Plan) -> str:
+        payload = estimator.payload
+        values = sum(min(d, k) * (d + k) for d, k in payload.shapes.values())
+        return (
+            f"method {self._method.name} folds what it learns into the base: up to "
+            f"{values * payload.number_bytes} bytes go to every client in every round, which this "
+            "one's memory or download (plan.download-seconds) does not allow"
+        )
+
+    def _nobody(self) -> ConfigError:
+        listed = "; ".join(f"{client} {reason}" for client, reason in self.refused.items())
+        return ConfigError(f"no device can train even plan.min-rank: {listed}")
+
+
+def _kind(report: DeviceReport) -> DeviceReport:
+    """A report without what sets one device of a kind apart from another."""
+    return replace(report, client="", uuid="", samples=-1)

@@ -1,7 +1,7 @@
 """Checks of what a client returns, before the merge sees it. Free of Flower."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class Assignment:
         The trainable part that it starts from, as it arrives (after the wire type's rounding).
     download_bytes : int
         Bytes of adapter sent to it.
+    indices : Mapping[str, Tensor]
+        By module, which directions of the global adapter it was given (absent = the leading ones).
     """
 
     client: str
@@ -43,6 +45,7 @@ class Assignment:
     plan: Plan
     given: Adapter
     download_bytes: int
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_update(
@@ -87,7 +90,10 @@ def read_update(
                 f"change of norm {norm:.3g} is above server.max-update-norm {max_norm:g}"
             )
     trained = Adapter.from_state_dict(given.state_dict() | state, given.scale)
-    return Update(given, trained, float(samples))
+    indices = {
+        m: assignment.indices[m][:r] for m, r in given.ranks.items() if m in assignment.indices
+    }
+    return Update(given, trained, float(samples), indices)
 
 
 def _given(assignment: Assignment, metrics: Metrics) -> Adapter:

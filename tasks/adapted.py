@@ -1,6 +1,8 @@
 """Between an adapter as a value and a PEFT model that holds one."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from rankfit.adapters.state import Adapter
 from rankfit.configs.settings import ConfigError
 from rankfit.tasks.inject import TRAINED
+from rankfit.tasks.targets import weight_shape
 
 
 def target_shapes(
@@ -25,9 +28,7 @@ def target_shapes(
     """
     shapes = {}
     for name in targets:
-        module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        d, k = module.out_features, module.in_features
+        d, k = weight_shape(model.get_submodule(name))
         if rank > min(d, k):
             raise ConfigError(
                 f"lora.rank {rank} is above the rank that {name} ({d} × {k}) can have; set it to "
@@ -90,6 +91,33 @@ def train_only(model: PeftModel, factor: str) -> None:
             parameter.requires_grad_(False)
 
 
+def place(batch: Mapping[str, Tensor], model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Move a batch to a device; what is floating takes the number type of the model's base."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {
+        name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in batch.items()
+    }
+
+
+@contextmanager
+def checkpointing(base: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Recompute activations of the base in the backward pass while the block lasts."""
+    if not wanted:
+        yield
+        return
+    with warnings.catch_warnings():
+        # Newer transformers call it activation checkpointing and warn of the old name.
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprec")
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing_disable` is deprec")
+            base.gradient_checkpointing_disable()
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device
@@ -107,8 +135,8 @@ def predict(
     model.eval()
     logits, labels = [], []
     for batch in batches:
-        labels.append(batch["labels"])
-        inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+        inputs = place(batch, model, device)
+        labels.append(inputs.pop("labels").cpu())
         logits.append(model(**inputs).logits.float().cpu())
     model.train(was_training)
     return torch.cat(logits), torch.cat(labels)

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankfit.tasks.sources import ModelError
+from rankfit.tasks.targets import is_linear
 
 #: The adapter that is trained, and the frozen second one.
 TRAINED, TAIL = "default", "tail"
@@ -76,6 +77,8 @@ def inject(
     _check(model, TAIL, tail)
     _check_heads(model, heads)
     _settle(model, scale)
+    # On the wrapper: it goes with it, and the base stays as it was.
+    peft_model.register_forward_pre_hook(_inputs_to(model.dtype), with_kwargs=True)
     return peft_model
 
 
@@ -101,7 +104,7 @@ def _positive(model: PreTrainedModel, ranks: Mapping[str, int]) -> dict[str, int
     """Ranks above 0, after a check that the modules exist and are Linear."""
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
-        if not isinstance(modules.get(name), nn.Linear):
+        if not is_linear(modules.get(name)):
             raise ModelError(f"{name!r} is not a Linear module of {type(model).__name__}")
         if rank < 0:
             raise ModelError(f"rank of {name!r} is {rank}; expected 0 or more")
@@ -170,20 +173,30 @@ def _settle(model: PreTrainedModel, scale: float) -> None:
         elif isinstance(module, ModulesToSaveWrapper):
             head = module.modules_to_save[TRAINED]
             head.to(torch.float32).requires_grad_(True)
-            head.register_forward_pre_hook(_to_float32, with_kwargs=True)
+            # What a bfloat16 base hands to its float32 head.
+            head.register_forward_pre_hook(_inputs_to(torch.float32), with_kwargs=True)
 
 
-def _to_float32(
-    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Cast what a bfloat16 base hands to its float32 head."""
-    return (
-        tuple(_cast(value) for value in args),
-        {key: _cast(value) for key, value in kwargs.items()},
-    )
+Arguments = tuple[tuple[object, ...], dict[str, object]]
 
 
-def _cast(value: object) -> object:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(torch.float32)
-    return value
+def _inputs_to(
+    dtype: torch.dtype,
+) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], Arguments]:
+    """Make a hook that casts the float tensors among a module's inputs.
+
+    Not every architecture does it itself: Swin hands float32 pixels to bfloat16 weights.
+    """
+
+    def cast(value: object) -> object:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.to(dtype)
+        return value
+
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
+        return (
+            tuple(cast(value) for value in args),
+            {key: cast(value) for key, value in kwargs.items()},
+        )
+
+    return hook

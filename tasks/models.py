@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -48,12 +50,14 @@ __all__ = [
     "target_modules",
 ]
 
-Kind = Literal["image-classification", "text-classification"]
+Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]
 Precision = Literal["fp32", "bf16"]
 
 _AUTO = {
     "image-classification": AutoModelForImageClassification,
     "text-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: What of a config changes the result without showing in a parameter's name or shape.
@@ -138,6 +142,8 @@ def build_empty(
     config.architectures = []
     if kind == "text-classification" and _lacks_padding(config):
         config.pad_token_id = 0  # any: it decides which position is read, no shape
+    if kind == "seq2seq-lm" and config.to_dict().get("decoder_start_token_id") is None:
+        config.decoder_start_token_id = 0  # any: it is written into the inputs, no shape
     try:
         with torch.device("meta"):
             model = _AUTO[kind].from_config(

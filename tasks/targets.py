@@ -1,9 +1,11 @@
 """Which modules of a base model take an adapter, and which are its head."""
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rankfit.configs.settings import split_list
 from rankfit.tasks.sources import ModelError
@@ -21,11 +23,38 @@ _QUERY_VALUE = (
     ("Wqkv",),
     ("qkv",),
     ("in_proj",),
+    ("c_attn",),
 )
 
 
+def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a module is a matrix that LoRA adapts: Linear, or GPT-2's transposed Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(Outputs d, inputs k) of a module that takes an adapter.
+
+    Raises
+    ------
+    ModelError
+        If it is not a matrix.
+    """
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        k, d = module.weight.shape
+        return d, k
+    raise ModelError(f"{type(module).__name__} is not a Linear module and takes no adapter")
+
+
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the modules beside the body: ``classifier``, ``score``, and what comes with them."""
+    """Names of the modules beside the body: ``classifier``, ``score``, and what comes with them.
+
+    A language model has none: its output layer is pretrained, and often tied to the embedding.
+    """
+    if model.get_output_embeddings() is not None:
+        return ()
     return tuple(
         name
         for name, module in model.named_children()
@@ -50,10 +79,11 @@ def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
         If a name matches nothing; it lists the Linear modules that there are.
     """
     heads = head_modules(model)
+    output = model.get_output_embeddings()
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.partition(".")[0] not in heads
+        if is_linear(module) and module is not output and name.partition(".")[0] not in heads
     ]
     if targets == "all-linear":
         chosen = linear

@@ -1,14 +1,15 @@
-"""Plain averages of A and of B at the weakest client's rank."""
+"""Plain averages of A and of B at one rank: the weakest client's."""
 
 from rankfit.adapters.merge import AverageFactors
-from rankfit.strategies.method import Method, both, one_rank
+from rankfit.strategies.allocation import OneRank
+from rankfit.strategies.method import Method
+from rankfit.strategies.schedule import both
 
 METHOD = Method(
     name="fedit",
-    summary="Plain averages of A and of B at the weakest client's rank.",
+    summary="Plain averages of A and of B at one rank: the weakest client's.",
     source="FedIT (arXiv:2305.05644)",
-    allocate=one_rank,
+    allocate=OneRank(),
     schedule=both,
-    phases=("both",),
     merge=AverageFactors,
 )

@@ -1,14 +1,20 @@
-"""Product-space changes, merged exactly; untouched directions stay."""
+"""Product-space changes merged exactly; clients see what they cannot train."""
+
+from dataclasses import replace
 
 from rankfit.adapters.merge import MeanChange
-from rankfit.strategies.method import Method, both, own_rank
+from rankfit.strategies.allocation import OwnRank
+from rankfit.strategies.method import Method
+from rankfit.strategies.schedule import both
+from rankfit.strategies.start import Leading, LeadingWithTail
 
 METHOD = Method(
     name="rankfit",
-    summary="Product-space changes, merged exactly; untouched directions stay.",
+    summary="Product-space changes, merged exactly; clients see what they cannot train.",
     source="RankFit (this project); docs/methods.md",
-    allocate=own_rank,
+    allocate=OwnRank(),
     schedule=both,
-    phases=("both",),
     merge=MeanChange,
+    start=LeadingWithTail(),
+    parts={"tail": lambda method: replace(method, start=Leading())},
 )

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from transformers import BertConfig, PreTrainedConfig, ViTConfig
 
+from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.live import LiveMemory
+from rankfit.estimator.record import WORKSPACE, record
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.spec import InputSpec, StepSpec, canonical
 from rankfit.estimator.step import build, run_steps
@@ -94,6 +96,7 @@ def real_peak(
 ) -> int:
     """Peak of live bytes of the same step on real CPU tensors."""
     model = build(spec, ranks, tail_ranks).to_empty(device="cpu")
+    model.base_model.model.tie_weights()  # to_empty unties them
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
@@ -132,3 +135,19 @@ def device(mib: float, accelerator: str = "cpu", **changes: Any) -> DeviceReport
         "source": "declared",
     }
     return DeviceReport(**(fields | changes))
+
+
+def recorded_peak(spec: StepSpec, ranks: Mapping[str, int], calibration: Calibration) -> int:
+    """Peak of one recording at these very ranks."""
+    recording = record(spec, ranks)
+    values = {
+        "": 1,
+        WORKSPACE: calibration.cublas_workspace,
+        "scratch": calibration.attention_scratch,
+    }
+    live = peak = 0
+    for index, begins, _ in recording.events:
+        allocation = recording.allocations[index]
+        live += (1 if begins else -1) * allocation.nbytes * values[allocation.term]
+        peak = max(peak, live)
+    return peak

@@ -6,32 +6,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.record import WORKSPACE, record
+from rankfit.estimator.record import record
+from rankfit.estimator.solve import TraceError, solve
 from rankfit.estimator.spec import StepSpec
 from rankfit.estimator.trace import Trace
-from rankfit.estimator.tracer import TraceCache, TraceError, solve, trace
+from rankfit.estimator.tracer import TraceCache, trace
 from rankfit.tasks.models import ModelError
 
-from .small import MIB, real_peak, step_spec
+from .small import MIB, real_peak, recorded_peak, step_spec
 
 TRACES = TraceCache()
 H100 = Calibration.cuda("9.0")
-
-
-def recorded_peak(spec, ranks, calibration) -> int:
-    """Peak of one recording at these very ranks."""
-    recording = record(spec, ranks)
-    values = {
-        "": 1,
-        WORKSPACE: calibration.cublas_workspace,
-        "scratch": calibration.attention_scratch,
-    }
-    live = peak = 0
-    for index, begins, _ in recording.events:
-        allocation = recording.allocations[index]
-        live += (1 if begins else -1) * allocation.nbytes * values[allocation.term]
-        peak = max(peak, live)
-    return peak
 
 
 # The published point: HRALoRA on an H100 (eager attention, rank 202, fp32, batch 32).
@@ -101,7 +86,8 @@ def test_micro_batches_share_two_recordings(architecture, changes, micro_batch):
     spec = step_spec(architecture, micro_batch=micro_batch, **changes)
     shared, own = TRACES(spec), trace(spec)
     np.testing.assert_array_equal(shared.events, own.events)
-    np.testing.assert_array_equal(shared.sizes, own.sizes)
+    np.testing.assert_array_equal(shared.column, own.column)
+    np.testing.assert_array_equal(shared.amount, own.amount)
 
 
 def test_the_peak_is_convex_and_grows_with_every_rank():
@@ -210,7 +196,7 @@ def test_ranks_of_other_modules_are_refused():
 
 
 def test_a_step_without_closed_form_says_so(monkeypatch):
-    from rankfit.estimator import tracer
+    from rankfit.estimator import solve as tracer
 
     def quadratic(spec: StepSpec, ranks, tail_ranks=None):
         recording = record(spec, ranks, tail_ranks)

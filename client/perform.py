@@ -1,0 +1,55 @@
+"""Does what a client is asked, in this process: the one path of simulation and worker alike."""
+
+from typing import cast
+
+from rankfit.adapters.state import Adapter
+from rankfit.adapters.wire import decode, encode
+from rankfit.client import trainer
+from rankfit.client.request import Answer, Request
+from rankfit.client.workspace import Workspace
+from rankfit.estimator.plan import Plan
+
+
+def perform(workspace: Workspace, request: Request) -> Answer:
+    """Load, train or evaluate.
+
+    Raises
+    ------
+    WrongBase
+        If the server plans for another base model.
+    torch.OutOfMemoryError
+        If not even the smallest plan fits.
+    """
+    if request.kind == "prefetch":
+        workspace.load()
+        workspace.samples(request.partition, request.partitions)
+        return Answer()
+    workspace.check_base(str(request.plan["fingerprint"]))
+    if request.kind == "train":
+        return _train(workspace, request)
+    if request.kind == "evaluate":
+        return _evaluate(workspace, request)
+    raise ValueError(f"nothing is known of a request of kind {request.kind!r}")
+
+
+def _train(workspace: Workspace, request: Request) -> Answer:
+    job = trainer.Job(
+        client=str(request.plan["client"]),
+        round=cast(int, request.plan["round"]),
+        plan=Plan.from_dict(request.plan),
+        adapter=_adapter(request),
+        samples=workspace.samples(request.partition, request.partitions),
+        cap_bytes=request.cap_bytes,
+    )
+    trained = trainer.train(workspace, job)
+    return Answer(encode(trained.state, workspace.settings.wire.dtype), trained.metrics)
+
+
+def _evaluate(workspace: Workspace, request: Request) -> Answer:
+    samples = workspace.test_samples(request.partition, request.partitions)
+    metrics = trainer.evaluate(workspace, _adapter(request), samples)
+    return Answer(metrics={"num-examples": len(samples), **metrics})
+
+
+def _adapter(request: Request) -> Adapter:
+    return Adapter.from_state_dict(decode(request.arrays), cast(float, request.plan["scale"]))

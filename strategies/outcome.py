@@ -1,0 +1,70 @@
+"""What became of each client in a round, and the totals of a round."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rankfit.strategies.replies import Metrics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one client in a round.
+
+    Attributes
+    ----------
+    client : str
+        Name of the client.
+    rank : int
+        Rank that it was asked to train.
+    merged : bool
+        Whether its update is part of the merge.
+    reason : str
+        Why not ("" when merged).
+    metrics : Mapping[str, int | float]
+        What it measured, as it said (empty when nothing came).
+    upload_bytes, download_bytes : int
+        Bytes of adapter from and to it.
+    parameters : int
+        Values that it was asked to train.
+    """
+
+    client: str
+    rank: int
+    merged: bool
+    reason: str
+    metrics: Metrics
+    upload_bytes: int
+    download_bytes: int
+    parameters: int = 0
+
+
+def summarise(outcomes: Iterable[Outcome]) -> dict[str, int | float]:
+    """Totals of a round: loss and seconds weighted or summed over the merged updates."""
+    listed = list(outcomes)
+    merged = [outcome for outcome in listed if outcome.merged]
+    samples = sum(float(o.metrics["num-examples"]) for o in merged)
+    weighted = sum(
+        float(o.metrics.get("train-loss", 0.0)) * float(o.metrics["num-examples"]) for o in merged
+    )
+    total: dict[str, int | float] = {
+        "updates": len(merged),
+        "dropped": len(listed) - len(merged),
+        "num-examples": int(samples),
+        "upload-bytes": sum(o.upload_bytes for o in listed),
+        "download-bytes": sum(o.download_bytes for o in listed),
+        "trained-parameters": sum(o.parameters for o in listed),
+    }
+    return total | ({"train-loss": weighted / samples} if samples else {})
+
+
+def weighted_mean(replies: Iterable[Mapping[str, int | float]]) -> dict[str, float]:
+    """Mean of metrics over clients, weighted by ``num-examples``; empty when there is none."""
+    usable = [metrics for metrics in replies if metrics.get("num-examples", 0) > 0]
+    total = sum(float(metrics["num-examples"]) for metrics in usable)
+    if not usable:
+        return {}
+    keys = set.intersection(*(set(metrics) for metrics in usable)) - {"num-examples"}
+    return {
+        key: sum(float(m[key]) * float(m["num-examples"]) for m in usable) / total
+        for key in sorted(keys)
+    }

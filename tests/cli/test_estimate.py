@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rankfit.cli.estimate import latex, read_fleet
+from rankfit.cli.main import app
+from rankfit.configs.settings import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_probe_is_the_device_report():
+    record = json.loads(run("probe", "--format", "json"))
+    assert record["total-bytes"] > 0 and record["source"]
+
+
+def test_estimate_of_a_preset_for_one_device():
+    records = json.loads(run("estimate", "quickstart", "--memory-mib", "5", "--format", "json"))
+    assert records[0]["rank"] >= 1
+    assert records[0]["peak-bytes"] <= records[0]["budget-bytes"] == 5 * 2**20
+    assert sum(records[0]["breakdown-bytes"].values()) == records[0]["peak-bytes"]
+    assert "One unit of rank" in run("estimate", "quickstart", "--memory-mib", "5")
+
+
+def test_estimate_of_a_causal_model_and_a_fleet(tmp_path: Path):
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 101,
+    }
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(
+        '[[device]]\nname = "big"\nmemory-mib = 4096\ncompute-capability = "9.0"\n'
+        '[[device]]\nname = "small"\nmemory-mib = 0.1\n'
+    )
+    source = f"config:{tmp_path / 'tiny.json'}"
+    arguments = ("estimate", source, "data.max-length=16", "--kind", "causal-lm")
+    big, small = json.loads(run(*arguments, "--fleet", str(fleet), "--format", "json"))
+    assert big["rank"] == 16 and small["binding"] == "memory" and "needs" in small["reason"]
+    text = run(*arguments, "--fleet", str(fleet), "--format", "latex")
+    assert text.startswith(r"\begin{tabular}") and "big & 16 & cap" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no .*device"),
+        ("[[device]]\nname='a'", "memory-mib is 0"),
+        ("[[device]]\nmemory-mib=-1", "memory-mib is -1"),
+        ("[[device]]\nmemory-mib=1\nmemroy=2", "unknown key 'memroy'"),
+        ("[[device", "fleet file"),
+    ],
+)
+def test_a_bad_fleet_file_is_named(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_fleet(path)
+
+
+def test_latex_escapes():
+    assert r"a\_b & 50\% \\" in latex(("x", "y"), [("a_b", "50%")])

@@ -1,0 +1,80 @@
+"""Every architecture: live bytes against a real CPU step, and one trace against retraces."""
+
+import pytest
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rankfit.estimator.calibration import Calibration
+from rankfit.estimator.network import Payload
+from rankfit.estimator.tracer import TraceCache
+from rankfit.tasks import models
+from rankfit.tasks.targets import weight_shape
+
+from .architectures import ARCHITECTURES, architecture_spec
+from .small import real_peak, recorded_peak
+
+TRACES = TraceCache()
+STEPS = {
+    "fp32": {},
+    "bf16": {"precision": "bf16"},
+    "fp32-checkpointing-a": {"checkpointing": True, "moves": "a"},
+    "bf16-checkpointing-b": {"precision": "bf16", "checkpointing": True, "moves": "b"},
+}
+
+
+def uneven(targets: tuple[str, ...]) -> dict[str, int]:
+    return {module: 3 * index + 1 for index, module in enumerate(targets)}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_live_bytes_equal_a_real_cpu_step(name: str, step: str):
+    spec = architecture_spec(name, **STEPS[step])
+    ranks = uneven(spec.targets)
+    assert abs(TRACES(spec).peak_live(ranks) - real_peak(spec, ranks)) <= 256
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_gpu_trace_equals_a_retrace_at_uneven_ranks(name: str):
+    spec = architecture_spec(name, accelerator="cuda", precision="bf16", dropout=0.1)
+    ranks, terms = uneven(spec.targets), Calibration.cuda("9.0")
+    assert TRACES(spec).peak_live(ranks, calibration=terms) == recorded_peak(spec, ranks, terms)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_batches_without_padding_need_no_mask(name: str):
+    spec = architecture_spec(name, padded=False)
+    ranks = uneven(spec.targets)
+    assert abs(TRACES(spec).peak_live(ranks) - real_peak(spec, ranks)) <= 256
+    on_gpu = architecture_spec(name, padded=False, accelerator="cuda", precision="bf16")
+    assert TRACES(on_gpu).peak_live(ranks) > 0
+
+
+def test_a_language_model_has_no_head_of_its_own():
+    for name, (kind, _) in ARCHITECTURES.items():
+        heads = architecture_spec(name).heads
+        assert bool(heads) == kind.endswith("classification"), name
+
+
+def test_conv1d_is_a_transposed_linear():
+    assert weight_shape(Conv1D(6, 4)) == weight_shape(nn.Linear(4, 6)) == (6, 4)
+    with pytest.raises(models.ModelError, match="LayerNorm is not a Linear module"):
+        weight_shape(nn.LayerNorm(4))
+
+
+def test_what_travels_for_gpt2_is_what_peft_makes():
+    kind, make = ARCHITECTURES["gpt2"]
+    base = models.build_empty(make(), kind, attention="sdpa", precision="fp32")
+    targets = models.target_modules(base, "default")
+    assert [name.rpartition(".")[2] for name in targets] == ["c_attn", "c_attn"]
+    payload = Payload.of(base, targets, (), "float32")
+    adapted = models.inject(base, dict.fromkeys(targets, 3), scale=1.0, dropout=0.0, heads=())
+    values = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert payload.bytes_per_rank() * 3 == values * 4
+
+
+def test_all_linear_leaves_the_output_layer_out():
+    for name in ("llama", "qwen2", "gpt2", "t5"):
+        kind, make = ARCHITECTURES[name]
+        base = models.build_empty(make(), kind, attention="sdpa", precision="fp32")
+        assert not any("lm_head" in each for each in models.target_modules(base, "all-linear"))
