@@ -143,15 +143,23 @@ def _pool(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "first-round-seconds": statistics.median(run["seconds"][0] for run in runs),
         "parts-seconds": {name: _median(part[name] for part in parts) for name in PARTS},
         "messages": len(parts),
-        "rss-mib": {kind: round(_median(sizes) / 2**20) for kind, sizes in memory.items()},
-        "pss-mib": {kind: round(_median(sizes) / 2**20) for kind, sizes in shared.items()},
+        "rss-mib": {kind: _mib(sizes) for kind, sizes in memory.items()},
+        "pss-mib": {kind: _mib(sizes) for kind, sizes in shared.items()},
         "load-average": [run["load"] for run in runs],
     }
 
 
-def _median(values: Iterable[float]) -> float:
+def _median(values: Iterable[float]) -> float | None:
     listed = list(values)
-    return round(statistics.median(listed), 3) if listed else float("nan")
+    return round(statistics.median(listed), 3) if listed else None
+
+
+def _mib(sizes: Sequence[int]) -> int:
+    return round(statistics.median(sizes) / 2**20)
+
+
+def _shown(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds:.2f}"
 
 
 def _print(result: Mapping[str, Any]) -> None:
@@ -167,7 +175,7 @@ def _print(result: Mapping[str, Any]) -> None:
     first = (f"{variants[name]['first-round-seconds']:.1f}" for name in VARIANTS)
     table.add_row("first round, whole", *first, end_section=True)
     for part in PARTS:
-        table.add_row(part, *(f"{variants[n]['parts-seconds'][part]:.2f}" for n in VARIANTS))
+        table.add_row(part, *(_shown(variants[n]["parts-seconds"][part]) for n in VARIANTS))
     console.print(table)
     memory = Table("resident MiB (proportional)", *VARIANTS, title=f"{title}: largest memory")
     for kind in ("SuperNode", "SuperExec", "messenger", "worker"):
