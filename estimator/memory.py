@@ -34,6 +34,9 @@ class Footprint:
     _reserved: dict[object, int] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _lives: dict[tuple[int, int], NDArray[np.int64]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _breakdowns: dict[object, Breakdown] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -143,11 +146,15 @@ class Footprint:
 
     def _live_up_to(self, limit: int, total_rank: int) -> NDArray[np.int64]:
         """Peak of live bytes at the ranks 1 … limit: (limit,)."""
+        key = (limit, total_rank)
+        if key in self._lives:
+            return self._lives[key]
         ranks = np.arange(1, limit + 1)
         points = np.stack([np.ones_like(ranks), ranks, np.maximum(0, total_rank - ranks)])
         live = np.zeros(limit, dtype=np.int64)
         for forms in self._forms:
             live = np.maximum(live, (forms @ points).max(axis=0, initial=0))
+        self._lives[key] = live
         return live
 
     @cached_property

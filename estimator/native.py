@@ -1,4 +1,4 @@
-"""The allocator replay of :mod:`rankfit.estimator.allocator` in C, for fleets: 30 times as fast.
+"""The allocator replay of :mod:`rankfit.estimator.allocator` in C, for large fleets.
 
 Built once with the system's C compiler and kept in the cache folder. Where there is no compiler the
 Python code runs instead, to the same result.

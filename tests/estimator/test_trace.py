@@ -79,7 +79,7 @@ def test_closed_form_equals_a_recording_at_any_ranks(architecture, changes, data
     )
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("micro_batch", [1, 5])
 @pytest.mark.parametrize("changes", [{}, {"accelerator": "cuda", "attention": "eager"}])
 @pytest.mark.parametrize("architecture", ["vit", "bert"])
 def test_micro_batches_share_two_recordings(architecture, changes, micro_batch):
@@ -110,15 +110,10 @@ def test_price_is_the_peak_of_one_more_unit_of_rank():
 
 # Against real CPU training.
 
-REAL = [
-    {},
+REAL = [  # what test_architectures does not vary
     {"attention": "eager"},
     {"attention": "eager", "checkpointing": True, "dropout": 0.1, "accumulates": True},
-    {"checkpointing": True},
-    {"moves": "a"},
-    {"moves": "b"},
-    {"padded": False},
-    {"optimizer": "sgd", "head": False},
+    {"padded": False, "optimizer": "sgd", "head": False},
     {"clips": True, "micro_batch": 1},
 ]
 

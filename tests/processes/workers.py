@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import tomli_w
 
+from rankfit.client.place import Place
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings, to_flat
 from tests.processes.deployment import (
@@ -84,6 +85,15 @@ class Federation:
         """Logs of all workers, oldest first."""
         folder = Path(self.deployment.environment["FLWR_HOME"]) / "rankfit"
         return sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
+
+    def log_of(self, worker: psutil.Process) -> Path:
+        """Log of a living worker."""
+        for folder in self.sockets():
+            place = Place(folder)
+            process = place.process()
+            if process is not None and process.pid == worker.pid:
+                return place.read().log
+        raise LookupError(f"no folder in {self.runtime} is that of process {worker.pid}")
 
     def rankfit(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the ``rankfit`` command as the SuperNodes' user."""
