@@ -347,6 +347,6 @@ def test_a_run_is_never_written_over(plain: Path) -> None:
 
 def test_a_resumed_run_keeps_its_settings(plain: Path) -> None:
     changed = settings_for(plain.parent, "plain", "run.resume=true", "lora.alpha=4.0")
-    with pytest.raises(ConfigError, match="lora.alpha was 8.0, is 4.0"):
+    with pytest.raises(ConfigError, match="lora.alpha was 16.0, is 4.0"):
         FaultyGrid(changed, {})
         run(changed)
