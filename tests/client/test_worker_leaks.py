@@ -26,16 +26,28 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def leftovers(space: Workspace) -> list[object]:
-    """Optimizers, adapters and trainable or foreign parameters that are still alive."""
+def alive() -> list[object]:
+    """Optimizers, adapters and parameters that are alive in this process."""
     gc.collect()
+    kinds = torch.optim.Optimizer | LoraLayer | nn.Parameter
+    return [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
+
+
+@pytest.fixture(autouse=True)
+def known() -> list[object]:
+    """What other tests of this process left: held, so that no id is given twice."""
+    KNOWN[:] = alive()
+    return KNOWN
+
+
+KNOWN: list[object] = []
+
+
+def leftovers(space: Workspace) -> list[object]:
+    """Optimizers, adapters and foreign parameters that came since the test began."""
     own = {id(parameter) for parameter in space.base.parameters()}
-    return [
-        thing
-        for thing in gc.get_objects()
-        if isinstance(thing, torch.optim.Optimizer | LoraLayer)
-        or (isinstance(thing, nn.Parameter) and id(thing) not in own)
-    ]
+    before = {id(thing) for thing in KNOWN}
+    return [thing for thing in alive() if id(thing) not in own and id(thing) not in before]
 
 
 def test_clients_in_one_process_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
