@@ -1,6 +1,7 @@
 """Allocations by layer: Fed-HeLLo's and HRALoRA's, with clusters, draws and shares of a budget."""
 
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,9 +89,9 @@ class WholeLayers(Allocation):
             result[client] = choice.spread(dict.fromkeys(self.pick(choice, client, count), rank))
         return result
 
+    @abstractmethod
     def pick(self, choice: Choice, client: str, count: int) -> list[int]:
         """Layers of one client."""
-        raise NotImplementedError
 
 
 class LayersByFisher(WholeLayers):
