@@ -215,7 +215,7 @@ def _app_without_torch(folder: Path) -> Path:
         shutil.copytree(ROOT / part, folder / part, ignore=ignored)
     shutil.copy(ROOT / "benchmarks" / "echo_client.py", folder / "client" / "echo_client.py")
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    text = text.replace("rankfit.client.app:app", "rankfit.client.echo_client:app")
+    text = text.replace("rankfit.client_app:app", "rankfit.client.echo_client:app")
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     return folder
 

@@ -57,6 +57,16 @@ def environment(threads: int) -> dict[str, str]:
     return OFFLINE | {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
 
 
+def commands_first(env: Mapping[str, str]) -> dict[str, str]:
+    """Environment in which Flower finds the commands of this Python environment.
+
+    Its processes start one another by bare name (the SuperLink ``flower-superexec``), which is not
+    found where the virtual environment is used by path and never activated, as ``make`` does.
+    """
+    beside = str(Path(sys.executable).parent)
+    return dict(env) | {"PATH": os.pathsep.join([beside, env.get("PATH", os.defpath)])}
+
+
 def flower_command(name: str) -> str:
     """Path of one of Flower's commands, first of this Python environment.
 
@@ -82,7 +92,8 @@ def app_directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="rankfit-app-") as folder:
         root = Path(folder)
         (root / "rankfit").mkdir()
-        shutil.copy(package / "__init__.py", root / "rankfit")
+        for module in package.glob("*.py"):
+            shutil.copy(module, root / "rankfit")
         shutil.copy(package / "pyproject.toml", root)
         for part in _APP_PARTS:
             shutil.copytree(
@@ -107,7 +118,7 @@ def local_superlink(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """
     with tempfile.TemporaryDirectory(prefix="rankfit-flwr-") as folder:
         port, control = free_port(), free_port()
-        own = dict(env) | {"FLWR_HOME": folder, _MARK: folder}
+        own = commands_first(env) | {"FLWR_HOME": folder, _MARK: folder}
         connection = {"address": f"127.0.0.1:{port}", "insecure": True}
         config = {"superlink": {"default": "own", "own": connection}}
         (Path(folder) / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")

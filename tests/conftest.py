@@ -1,7 +1,15 @@
 """Shared fixtures. The environment is set before anything imports torch or Flower."""
 
 import os
+import sys
 from pathlib import Path
+
+# The tests run as `.venv/bin/python -m pytest` does, also in an activated environment: nothing may
+# rest on the environment's commands being found by name.
+_BESIDE = str(Path(sys.executable).parent)
+os.environ["PATH"] = os.pathsep.join(
+    place for place in os.environ.get("PATH", os.defpath).split(os.pathsep) if place != _BESIDE
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"

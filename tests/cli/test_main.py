@@ -1,6 +1,7 @@
 """The command: one line for an error that a user can mend, and what it gives to Flower."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -103,7 +104,29 @@ def test_the_installed_wheel_lays_out_the_same_app(tmp_path: Path) -> None:
     built = [_bundle(app, tmp_path / name) for app, name in _apps(laid_out)]
     assert built[0] == built[1]
     config = tomllib.loads((laid_out / "pyproject.toml").read_text())
-    assert config["tool"]["flwr"]["app"]["components"]["serverapp"] == "rankfit.server.app:app"
+    assert config["tool"]["flwr"]["app"]["components"]["serverapp"] == "rankfit.server_app:app"
+
+
+def test_flower_finds_one_app_while_it_imports_the_other(tmp_path: Path) -> None:
+    """As its simulation does, in two threads; the import is slowed to hold the moment open."""
+    with app_directory() as app:
+        shutil.copytree(app / "rankfit", tmp_path / "rankfit")
+    start = tmp_path / "rankfit" / "__init__.py"
+    start.write_text("import time; time.sleep(1)\n" + start.read_text())
+    script = (
+        "import sys, threading, time; from flwr.supercore.object_ref import validate\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "threading.Thread(target=lambda: __import__('rankfit')).start(); time.sleep(0.3)\n"
+        "assert 'rankfit' in sys.modules\n"
+        "found = validate(sys.argv[2], project_dir=sys.argv[1]); assert found == (True, None), found"
+    )
+    config = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    for reference in config["tool"]["flwr"]["app"]["components"].values():
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), reference],
+            cwd=tmp_path, timeout=60, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 def _apps(laid_out: Path) -> list[tuple[Path, str]]:

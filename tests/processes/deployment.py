@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from rankfit.cli import processes
+from rankfit.cli.flower import commands_first
 from rankfit.cli.processes import end, end_marked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,7 +295,8 @@ def deployment(folder: Path, environment: Mapping[str, str] | None = None) -> It
         encoding="utf-8",
     )
     own = {"FLWR_HOME": str(home), MARK: uuid.uuid4().hex}
-    running = Deployment(folder, port, {**os.environ, **ENVIRONMENT, **(environment or {}), **own})
+    base = commands_first(os.environ)
+    running = Deployment(folder, port, {**base, **ENVIRONMENT, **(environment or {}), **own})
     try:
         running.start_superlink()
         yield running

@@ -18,7 +18,7 @@ from tests.server.test_loop import figures, lines
 pytestmark = pytest.mark.processes
 
 MARK = "RANKFIT_TEST_SIMULATION"
-ROUNDS = 20
+ROUNDS = 8
 SMALL = (
     "quickstart", "simulation.clients=4", "server.clients-per-round=3", "server.min-clients=4",
 )  # fmt: skip
