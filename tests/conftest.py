@@ -25,13 +25,26 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that need the developers' data where that folder is absent."""
+    """Group the tests for two workers, and deselect those whose data folder is absent."""
+    _group(items)
     if SHARED_DATA.is_dir():
         return
     away = [item for item in items if item.get_closest_marker("shared_data")]
     if away:
         items[:] = [item for item in items if not item.get_closest_marker("shared_data")]
         config.hook.pytest_deselected(items=away)
+
+
+def _group(items: list[pytest.Item]) -> None:
+    """For ``-n 2 --dist loadgroup``: a file stays on one worker, and its fixtures are made once.
+
+    Tests that start processes are one group, for they measure time and fill a core by themselves;
+    it comes first, since it takes longest.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+    for item in items:
+        alone = item.get_closest_marker("processes")
+        item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
 
 
 def pytest_report_header() -> str | None:

@@ -118,7 +118,8 @@ def test_flower_finds_one_app_while_it_imports_the_other(tmp_path: Path) -> None
         "sys.path.insert(0, sys.argv[1])\n"
         "threading.Thread(target=lambda: __import__('rankfit')).start(); time.sleep(0.3)\n"
         "assert 'rankfit' in sys.modules\n"
-        "found = validate(sys.argv[2], project_dir=sys.argv[1]); assert found == (True, None), found"
+        "found = validate(sys.argv[2], project_dir=sys.argv[1])\n"
+        "assert found == (True, None), found"
     )
     config = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     for reference in config["tool"]["flwr"]["app"]["components"].values():
