@@ -45,7 +45,13 @@ def capabilities(message: Message, context: Context) -> Message:
             partition, partitions = _place(context)
             request = Request("prefetch", partition=partition, partitions=partitions)
             messenger.prefetch(order, request, report.uuid)
-    return Message(RecordDict({"device": ConfigRecord({**report.to_dict()})}), reply_to=message)
+    content = RecordDict(
+        {
+            "device": ConfigRecord({**report.to_dict()}),
+            "client": ConfigRecord({"worker": order is not None}),
+        }
+    )
+    return Message(content, reply_to=message)
 
 
 @app.query("finish")
@@ -108,14 +114,7 @@ def _request(kind: Kind, message: Message, context: Context, report: DeviceRepor
         partition=partition,
         partitions=partitions,
         cap_bytes=report.budget_bytes if report.source == "declared" else None,
-        last=_is_last(kind, cast(int, plan["round"]), _settings(context)),
     )
-
-
-def _is_last(kind: Kind, number: int, settings: RunSettings) -> bool:
-    """Whether no message of the run can follow: the clients evaluate after training, or never."""
-    wanted = "evaluate" if settings.server.evaluate == "clients" else "train"
-    return kind == wanted and number >= settings.run.rounds
 
 
 def _warm(settings: RunSettings, context: Context) -> bool:

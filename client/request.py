@@ -31,8 +31,6 @@ class Request:
         Number of those clients.
     cap_bytes : int or None
         Device memory that must not be exceeded (None = no limit).
-    last : bool
-        Nothing more comes in this run: a worker ends after its answer.
     """
 
     kind: Kind
@@ -41,7 +39,6 @@ class Request:
     partition: int | None = None
     partitions: int = 1
     cap_bytes: int | None = None
-    last: bool = False
 
     def header(self) -> dict[str, object]:
         """All but the arrays, for JSON."""
@@ -51,7 +48,6 @@ class Request:
             "partition": self.partition,
             "partitions": self.partitions,
             "cap-bytes": self.cap_bytes,
-            "last": self.last,
         }
 
     @classmethod
@@ -65,16 +61,16 @@ class Request:
         """
         kind, plan = header.get("kind"), header.get("plan")
         partition, partitions = header.get("partition"), header.get("partitions")
-        cap, last = header.get("cap-bytes"), header.get("last")
+        cap = header.get("cap-bytes")
         if kind not in ("prefetch", "train", "evaluate", "finish"):
             raise ValueError(f"kind is {kind!r}; expected prefetch, train, evaluate or finish")
-        if not isinstance(plan, dict) or not isinstance(last, bool):
-            raise ValueError("a request's plan must be an object, and last true or false")
+        if not isinstance(plan, dict):
+            raise ValueError("a request's plan must be an object")
         if not isinstance(partition, int | None) or not isinstance(cap, int | None):
             raise ValueError("a request's partition and cap-bytes must be whole numbers or null")
         if not isinstance(partitions, int):
             raise ValueError("a request's partitions must be a whole number")
-        return cls(kind, plan, arrays, partition, partitions, cap, last)
+        return cls(kind, plan, arrays, partition, partitions, cap)
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,13 @@ class Worker:
         while True:
             connection, _ = listener.accept()
             with connection:
-                last = self._serve(connection)
-            if last:
-                self._life.end("the last message of its run was answered")
+                over = self._serve(connection)
+            if over:
+                self._life.end("its run is over")
             self._tidy()
 
     def _serve(self, connection: socket.socket) -> bool:
-        """Serve one connection; whether it brought the last message."""
+        """Serve one connection; whether it said that the run is over."""
         connection.settimeout(_READ_SECONDS)
         try:
             request = self._receive(connection)
@@ -99,7 +99,7 @@ class Worker:
         header, answer = self._answer(request)
         self._life.rests()  # before the answer: who has it hangs up
         self._reply(connection, header, answer)
-        return request.last or request.kind == "finish"
+        return request.kind == "finish"
 
     def _receive(self, connection: socket.socket) -> Request:
         """Read a request; the token is checked before any array is taken."""

@@ -38,6 +38,9 @@ from rankfit.tasks.partition import partition
 
 log = logging.getLogger(__name__)
 
+#: How long the end of a run waits for clients to end their workers.
+_FAREWELL_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Federation:
@@ -62,7 +65,14 @@ def federate(grid: Grid, settings: RunSettings) -> Adapter:
         If too few clients that can train are there in time.
     """
     federation = build(settings)
-    directory, strategy = federation.directory, federation.strategy
+    try:
+        return _play(federation, grid)
+    finally:
+        federation.strategy.fleet.finish(grid, _FAREWELL_SECONDS)
+
+
+def _play(federation: Federation, grid: Grid) -> Adapter:
+    settings, directory, strategy = federation.settings, federation.directory, federation.strategy
     checkpoint = directory.load() if settings.run.resume else None
     if checkpoint is not None:
         log.info("resuming %s after round %d", directory.path, checkpoint.round)

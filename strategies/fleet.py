@@ -71,6 +71,7 @@ class Fleet:
         self.devices: dict[str, Device] = {}
         self._query_timeout = query_timeout
         self._asked: dict[int, str] = {}
+        self._workers: set[int] = set()
 
     def refresh(self, grid: Grid, server_round: int) -> None:
         """Ask every node that has not been asked before; forget clients whose node is gone."""
@@ -92,6 +93,25 @@ class Fleet:
         for node in fresh:
             if node not in self._asked:
                 log.warning("node %d has not answered the query in %.0f s", node, ttl)
+
+    def finish(self, grid: Grid, seconds: float) -> None:
+        """Tell the nodes that keep a worker that the run is over; wait until they have heard it.
+
+        Only they are told, and only ``seconds`` long: a worker that is not reached ends by itself
+        when it has been idle (``client.idle-seconds``).
+        """
+        nodes = sorted(self._workers & set(grid.get_node_ids()))
+        outgoing = [
+            messages.message(RecordDict(), node, messages.FINISH, 0, seconds) for node in nodes
+        ]
+        heard = 0
+        for position, reply in exchange(grid, outgoing, seconds):
+            heard += 1
+            if reply.has_error():
+                why = messages.failure(reply)
+                log.warning("node %d did not end its worker: %s", nodes[position], why)
+        if heard < len(nodes):
+            log.warning("%d nodes did not hear that the run is over", len(nodes) - heard)
 
     def wait(
         self,
@@ -131,6 +151,8 @@ class Fleet:
         except ValueError as error:
             log.warning("node %d gave a device report that cannot be used: %s", node, error)
             return
+        if messages.keeps_worker(reply):
+            self._workers.add(node)
         known = self.devices.get(report.client)
         if known is not None:
             log.warning(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rankfit.estimator.report import DeviceReport
 
 QUERY = "query.capabilities"
+FINISH = "query.finish"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
@@ -64,6 +65,12 @@ def device_report(reply: Message) -> DeviceReport:
     if "device" not in reply.content:
         raise ValueError("the reply to the query holds no device report")
     return DeviceReport.from_dict(dict(cast(ConfigRecord, reply.content["device"])))
+
+
+def keeps_worker(reply: Message) -> bool:
+    """Whether the client that sent this reply to :data:`QUERY` keeps a process for more."""
+    record = reply.content.config_records.get("client", ConfigRecord())
+    return bool(record.get("worker", False))
 
 
 def adapter_arrays(reply: Message) -> dict[str, NDArray[np.generic]]:

@@ -24,27 +24,26 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Group the tests for ``-n 2 --dist loadgroup``.
+
+    A file stays on one worker, so that its fixtures are made once. Tests that start processes are
+    one group, for they measure time and fill a core by themselves; it comes first, since it takes
+    longest. (Groups are read before ``pytest_collection_modifyitems``, so they are made here.)
+    """
+    alone = item.get_closest_marker("processes")
+    item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the tests for two workers, and deselect those whose data folder is absent."""
-    _group(items)
+    """Put tests with processes first, and deselect those whose data folder is absent."""
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
     if SHARED_DATA.is_dir():
         return
     away = [item for item in items if item.get_closest_marker("shared_data")]
     if away:
         items[:] = [item for item in items if not item.get_closest_marker("shared_data")]
         config.hook.pytest_deselected(items=away)
-
-
-def _group(items: list[pytest.Item]) -> None:
-    """For ``-n 2 --dist loadgroup``: a file stays on one worker, and its fixtures are made once.
-
-    Tests that start processes are one group, for they measure time and fill a core by themselves;
-    it comes first, since it takes longest.
-    """
-    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
-    for item in items:
-        alone = item.get_closest_marker("processes")
-        item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
 
 
 def pytest_report_header() -> str | None:
