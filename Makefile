@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/rankfit run quickstart run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 # mypy and import-linter read the installed wheel, in which all folders lie in one package.
 lint: setup

@@ -18,21 +18,29 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from typing import Any  # noqa: E402
+
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Group the tests for ``-n 2 --dist loadgroup``.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ``-n 2``: a file stays on one worker, and the tests that start processes on one of them.
 
-    A file stays on one worker, so that its fixtures are made once. Tests that start processes are
-    one group, for they measure time and fill a core by themselves; it comes first, since it takes
-    longest. (Groups are read before ``pytest_collection_modifyitems``, so they are made here.)
+    Those measure time and fill a core by themselves. (``--dist loadgroup`` is for this, but
+    pytest-xdist 3.8 does nothing with the groups under pytest 9.2.)
     """
-    alone = item.get_closest_marker("processes")
-    item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
+    from xdist.scheduler import LoadFileScheduling
+
+    class ProcessesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "processes" if file.startswith("tests/processes/") else file
+
+    return ProcessesTogether(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
