@@ -7,14 +7,19 @@ method does with the factors.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from rankfit.adapters.product import ProductSum, refactor
+from rankfit.adapters.product import ProductSum
 from rankfit.adapters.state import Adapter, Factors
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,9 @@ class Merge(ABC):
         self.reference = reference
         self.seed = seed
         self.total = 0.0
+        #: How far above the best approximation's error a merge of products may be, relative to it;
+        #: 0 = exact. See :func:`rankfit.adapters.lowrank.strongest`.
+        self.tolerance = 0.0
         self._head = {name: torch.zeros_like(t) for name, t in reference.head.items()}
 
     def add(self, update: Update) -> None:
@@ -95,7 +103,8 @@ class Merge(ABC):
         if self.total == 0:
             return self.reference
         head = {name: tensor / self.total for name, tensor in self._head.items()}
-        factors = {module: self._finish_module(module) for module in self.reference.factors}
+        modules = list(self.reference.factors)
+        factors = dict(zip(modules, in_threads(self._finish_module, modules), strict=True))
         return Adapter(factors, self.reference.scale, head)
 
     def residual(self) -> Adapter | None:
@@ -198,50 +207,6 @@ class ZeroPadded(Merge):
         return Factors(total.b / self._norms[module], total.a / self._norms[module])
 
 
-class MeanProduct(Merge):
-    """FlexLoRA: the weighted mean of the products, exactly, then its best rank-R approximation.
-
-    Source: arXiv:2402.11505. Low-rank clients vote zero for every direction that they lack.
-    """
-
-    aligned = False
-
-    def __init__(self, reference: Adapter, seed: int) -> None:
-        super().__init__(reference, seed)
-        self._sums = product_sums(reference)
-
-    def _add_factors(self, update: Update) -> None:
-        for module, factors in update.trained.factors.items():
-            self._sums[module].add(factors, update.weight * update.trained.scale)
-
-    def _finish_module(self, module: str) -> Factors:
-        own = self.reference.factors[module]
-        spectrum = self._sums[module].spectrum()
-        values = spectrum.values / (self.total * self.reference.scale)
-        scaled = type(spectrum)(spectrum.u, values, spectrum.vt)
-        return refactor(scaled, own.rank, self._generator(module))
-
-
-class MeanChange(MeanProduct):
-    """RankFit: ΔW + Σ w·s·(B·A − B⁰·A⁰), exactly, then its best rank-R approximation.
-
-    B⁰·A⁰ is what the client was given. Only what clients changed is merged, so a direction that a
-    low-rank client was never given stays as it is instead of being pulled to zero.
-    """
-
-    def _add_factors(self, update: Update) -> None:
-        super()._add_factors(update)
-        for module, factors in update.given.factors.items():
-            self._sums[module].add(factors, -update.weight * update.given.scale)
-
-    def finish(self) -> Adapter:
-        """Return the next global adapter: the reference plus the mean change."""
-        for module, factors in self.reference.factors.items():
-            if self.total > 0:
-                self._sums[module].add(factors, self.total * self.reference.scale)
-        return super().finish()
-
-
 class PaddedChange(Merge):
     """Changes of the factors, each at its own directions, averaged over all clients of the round.
 
@@ -264,6 +229,19 @@ class PaddedChange(Merge):
     def _finish_module(self, module: str) -> Factors:
         own, total = self.reference.factors[module], self._sums[module]
         return Factors(own.b + total.b / self.total, own.a + total.a / self.total)
+
+
+def in_threads(act: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """``[act(item) for item in items]``, in as many threads as torch may use.
+
+    Each thread computes with one: many small decompositions gain more from running side by side
+    than from threads inside each of them, and the result does not depend on their number.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) == 1:
+        return [act(item) for item in items]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(act, items))
 
 
 def product_norm(factors: Factors) -> Tensor:

@@ -1,43 +1,42 @@
-"""Sums of products Σ w·B·A in factored form, and their best approximation at a lower rank.
+"""Sums of products Σ w·B·A, added term by term as updates arrive, and their strongest directions.
 
-All arithmetic is in float64: the factors are small, and an exact merge is what others are checked
-against. The dense matrix (d, k) is built only when the stacked rank reaches the width.
+Terms are kept side by side as factors at first. Once their ranks add up to the width they are
+multiplied out into one dense (d, k) matrix, and so is every further block of them: memory does not
+grow with the number of terms.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rankfit.adapters.lowrank import exact, strongest
+from rankfit.adapters.operator import Dense, Operator, Spectrum, Stack
 from rankfit.adapters.state import Factors, random_rows
 
 #: Row norm of A at the start of training, in expectation: √(k · 1/(3k)).
 START_ROW_NORM = 3**-0.5
 #: A direction is dead when its singular value is below this share of the largest.
 DEAD = 1e-9
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular value decomposition of a product: U (d, n), values (n,), Vᵀ (n, k)."""
-
-    u: Tensor
-    values: Tensor
-    vt: Tensor
+#: Stacked rank at which terms join a dense sum: enough for a product to run at full speed.
+BLOCK = 512
 
 
 class ProductSum:
-    """Σ w·B·A, added term by term; memory is bounded by one dense (d, k) matrix."""
+    """Σ w·B·A, added term by term; memory is bounded by a few dense (d, k) matrices.
+
+    Parameters
+    ----------
+    d, k : int
+        Shape of the products.
+    """
 
     def __init__(self, d: int, k: int) -> None:
         self._d, self._k = d, k
-        self._left: list[Tensor] = []  # (d, r) each, weight folded in
-        self._right: list[Tensor] = []  # (r, k) each
+        self._terms: list[tuple[Factors, float]] = []
         self._stacked = 0
         self._dense: Tensor | None = None
 
     def add(self, factors: Factors, weight: float) -> None:
-        """Add ``weight · B·A``.
+        """Add ``weight · B·A``; the factors are kept and must not be changed afterwards.
 
         Raises
         ------
@@ -47,38 +46,57 @@ class ProductSum:
         shape = (factors.b.shape[0], factors.a.shape[1])
         if shape != (self._d, self._k):
             raise ValueError(f"a product of shape {shape} cannot join a sum of {self._d, self._k}")
-        left, right = factors.b.double() * weight, factors.a.double()
-        if self._dense is not None:
-            self._dense.addmm_(left, right)
-            return
-        self._left.append(left)
-        self._right.append(right)
+        self._terms.append((factors, weight))
         self._stacked += factors.rank
-        if self._stacked >= min(self._d, self._k):
-            self._dense = torch.cat(self._left, 1) @ torch.cat(self._right, 0)
-            self._left, self._right = [], []
+        width = min(self._d, self._k)
+        if self._stacked >= (width if self._dense is None else min(BLOCK, width)):
+            self._multiply_out()
 
     def dense(self) -> Tensor:
         """The sum as a (d, k) matrix in float64."""
-        if self._dense is not None:
-            return self._dense
-        if not self._left:
-            return torch.zeros(self._d, self._k, dtype=torch.float64)
-        return torch.cat(self._left, 1) @ torch.cat(self._right, 0)
+        return self._operator().dense()
 
     def spectrum(self) -> Spectrum:
-        """Exact decomposition of the sum.
+        """Exact decomposition of the sum, whole."""
+        return exact(self._operator(), min(self._d, self._k))
 
-        Two QR factorisations reduce it to a core of the stacked rank (Chan, 1982); a sum that has
-        reached the width is decomposed as it is.
-        """
-        if self._dense is not None or not self._left:
-            u, values, vt = torch.linalg.svd(self.dense(), full_matrices=False)
-            return Spectrum(u, values, vt)
-        q_left, r_left = torch.linalg.qr(torch.cat(self._left, 1))
-        q_right, r_right = torch.linalg.qr(torch.cat(self._right, 0).T)
-        u, values, vt = torch.linalg.svd(r_left @ r_right.T)
-        return Spectrum(q_left @ u, values, vt @ q_right.T)
+    def strongest(
+        self,
+        rank: int,
+        tolerance: float,
+        generator: torch.Generator,
+        start: Tensor | None = None,
+    ) -> Spectrum:
+        """Its ``rank`` strongest directions; see :func:`rankfit.adapters.lowrank.strongest`."""
+        return strongest(self._operator(), rank, tolerance, generator, start)
+
+    def _operator(self) -> Operator:
+        if self._dense is not None:
+            if self._terms:
+                self._multiply_out()
+            return Dense(self._dense)
+        return self._stack()
+
+    def _stack(self) -> Stack:
+        if not self._terms:
+            none = torch.zeros(0, dtype=torch.float64)
+            return Stack(torch.zeros(self._d, 0), torch.zeros(0, self._k), none)
+        weights = [torch.full((own.rank,), w, dtype=torch.float64) for own, w in self._terms]
+        return Stack(
+            torch.cat([own.b for own, _ in self._terms], 1),
+            torch.cat([own.a for own, _ in self._terms], 0),
+            torch.cat(weights),
+        )
+
+    def _multiply_out(self) -> None:
+        """Turn the terms that are kept as factors into part of the dense sum."""
+        stack = self._stack()
+        left = stack.left * stack.weights.to(stack.left.dtype)
+        if self._dense is None:
+            self._dense = left @ stack.right
+        else:
+            self._dense.addmm_(left, stack.right)
+        self._terms, self._stacked = [], 0
 
 
 def refactor(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Factors:

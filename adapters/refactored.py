@@ -27,20 +27,15 @@ class Refactored(Merge):
 
     def finish(self) -> Adapter:
         """Return the inner merge's result, re-factorised."""
-        if self.total == 0:
-            return self.reference
-        merged = self._inner.finish()
-        factors = {module: self._balance(module, own) for module, own in merged.factors.items()}
-        return Adapter(factors, merged.scale, merged.head)
+        self._merged = self._inner.finish()
+        return super().finish()
 
     def residual(self) -> Adapter | None:
         """Of the inner merge."""
         return self._inner.residual()
 
-    def _balance(self, module: str, own: Factors) -> Factors:
+    def _finish_module(self, module: str) -> Factors:
+        own = self._merged.factors[module]
         total = ProductSum(own.b.shape[0], own.a.shape[1])
         total.add(own, 1.0)
         return refactor(total.spectrum(), own.rank, self._generator(module))
-
-    def _finish_module(self, module: str) -> Factors:
-        raise NotImplementedError("finish does it for all modules")

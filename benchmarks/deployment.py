@@ -9,14 +9,11 @@ and memory. It writes ``benchmarks/results/deployment.json``.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from benchmarks.machine import machine  # noqa: E402
 from benchmarks.watching import PARTS, Watch, hops  # noqa: E402
-from rankfit.client.host import host_memory, processor_name  # noqa: E402
 from tests.processes.workers import Federation, federation  # noqa: E402
 
 VARIANTS = ("warm", "no torch", "cold")
@@ -193,14 +190,7 @@ def _print(result: Mapping[str, Any]) -> None:
 def _write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     record = {
         "benchmark": "deployment",
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
-        "hardware": {
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "memory-bytes": host_memory().total_bytes,
-        },
+        **machine(*_PACKAGES),
         "results": list(results),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,14 @@
 
 from typing import cast
 
+import torch
+
 from rankfit.adapters.state import Adapter
-from rankfit.adapters.wire import decode, encode
+from rankfit.adapters.wire import decode, encode_update
 from rankfit.client import trainer
 from rankfit.client.request import Answer, Request
 from rankfit.client.workspace import Workspace
+from rankfit.configs.seeds import derive
 from rankfit.estimator.plan import Plan
 
 
@@ -42,7 +45,13 @@ def _train(workspace: Workspace, request: Request) -> Answer:
         cap_bytes=request.cap_bytes,
     )
     trained = trainer.train(workspace, job)
-    return Answer(encode(trained.state, workspace.settings.wire.dtype), trained.metrics)
+    settings = workspace.settings
+    rounding = torch.Generator().manual_seed(
+        derive(settings.run.seed, "wire", job.round, job.client)
+    )
+    given = job.adapter.state_dict()
+    arrays = encode_update(trained.state, given, settings.wire.dtype, rounding)
+    return Answer(arrays, trained.metrics)
 
 
 def _evaluate(workspace: Workspace, request: Request) -> Answer:

@@ -242,7 +242,7 @@ class Fleet(Table):
 class Wire(Table):
     """Number type of adapters on the wire."""
 
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
 
 
 class Server(Table):
@@ -268,6 +268,9 @@ class Server(Table):
     momentum: Share = 0.9
     second_momentum: Share = 0.99
     epsilon: PositiveFloat = 1e-3
+    #: Merges of products: by how much their error may exceed the best possible at the global rank,
+    #: relative to it, where that is faster (0 = always exact).
+    merge_tolerance: NonNegative = 0.005
     #: Decay of a moving average of the global adapter and head, which is then what is evaluated
     #: and exported (0 = none).
     average: Share = 0.0

@@ -8,7 +8,7 @@ from typing import Self
 from torch import nn
 
 from rankfit.adapters.names import Moves
-from rankfit.adapters.wire import WIRE_BYTES
+from rankfit.adapters.wire import HEAD_BYTES, SCALE_BYTES, WIRE_BYTES
 from rankfit.tasks.targets import weight_shape
 
 
@@ -76,14 +76,9 @@ class Payload:
         return cls(shapes, values, wire_dtype)
 
     @property
-    def number_bytes(self) -> int:
-        """Bytes of one number on the wire."""
-        return WIRE_BYTES[self.wire_dtype]
-
-    @property
     def head_bytes(self) -> int:
         """Bytes of the trained head, whatever the rank."""
-        return self.head_values * self.number_bytes
+        return self.head_values * HEAD_BYTES[self.wire_dtype]
 
     @property
     def full_rank(self) -> int:
@@ -92,11 +87,14 @@ class Payload:
 
     def bytes_per_rank(self, moves: Moves = "both") -> int:
         """Bytes of the factors that move, for one unit of rank in every module."""
-        values = sum(
-            (d if moves in ("both", "b") else 0) + (k if moves in ("both", "a") else 0)
-            for d, k in self.shapes.values()
-        )
-        return values * self.number_bytes
+        return sum(self.direction_bytes(module, moves) for module in self.shapes)
+
+    def direction_bytes(self, module: str, moves: Moves = "both") -> int:
+        """Bytes of one unit of rank of a module, in the factors that move."""
+        d, k = self.shapes[module]
+        lengths = {"both": (d, k), "b": (d,), "a": (k,)}[moves]
+        number, scale = WIRE_BYTES[self.wire_dtype], SCALE_BYTES[self.wire_dtype]
+        return sum(length * number + scale for length in lengths)
 
     def upload_bound(
         self, seconds: float, mbps: float, phases: Sequence[Moves] = ("both",)

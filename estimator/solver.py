@@ -227,10 +227,9 @@ def _links(
         if seconds == 0 or mbps == 0:
             continue
         for moves in moves_of:
-            sides = {"both": (1, 1), "b": (1, 0), "a": (0, 1)}[moves]
-            prices = np.array([payload.shapes[module] for module in modules]) @ np.array(sides)
+            prices = [float(payload.direction_bytes(module, moves)) for module in modules]
             budget = link_bytes(seconds, mbps) - payload.head_bytes
-            limits.append(Limit(prices * float(payload.number_bytes), budget))
+            limits.append(Limit(np.array(prices), budget))
     return limits
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from rankfit.adapters.names import Moves
 from rankfit.estimator.fit import MIB, Estimator
-from rankfit.estimator.network import Payload, link_bytes
+from rankfit.estimator.network import link_bytes
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.search import Step
@@ -52,22 +52,18 @@ class Budget:
     def upload_bytes(self, ranks: Mapping[str, int], phases: Sequence[Moves]) -> int:
         """Bytes that come back in the largest of the phases, head included."""
         payload = self.estimator.payload
-        values = {
-            moves: sum(
-                rank * _values(payload, module, moves) for module, rank in ranks.items()
-            )
+        return payload.head_bytes + max(
+            sum(rank * payload.direction_bytes(module, moves) for module, rank in ranks.items())
             for moves in phases
-        }  # fmt: skip
-        return payload.head_bytes + max(values.values()) * payload.number_bytes
+        )
 
     def download_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes that go out, head and frozen part included."""
         payload, frozen = self.estimator.payload, self.frozen(ranks)
-        values = sum(
-            (ranks.get(module, 0) + frozen.get(module, 0)) * _values(payload, module, "both")
+        return payload.head_bytes + sum(
+            (ranks.get(module, 0) + frozen.get(module, 0)) * payload.direction_bytes(module)
             for module in payload.shapes
         )
-        return payload.head_bytes + values * payload.number_bytes
 
     def frozen(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """Largest rank of the frozen directions beside these: the fold's, the tail's, or none."""
@@ -115,12 +111,6 @@ class Budget:
         peak = footprint.expected(stand_in, frozen, self.memory_bytes)
         total = max(ranks.get(m, 0) + rank for m, rank in frozen.items())
         return replace(planned, peak_bytes=peak, tail_rank=total)
-
-
-def _values(payload: Payload, module: str, moves: Moves) -> int:
-    """Numbers in one unit of rank of a module."""
-    d, k = payload.shapes[module]
-    return {"both": d + k, "b": d, "a": k}[moves]
 
 
 def _travels(nbytes: int, seconds: float, mbps: float) -> bool:

@@ -1,14 +1,63 @@
 """Figures of a round that tell why a method does well or badly; no training depends on them."""
 
 import math
-from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from rankfit.adapters.merge import Update
-from rankfit.adapters.product import ProductSum
-from rankfit.adapters.state import Adapter
+from rankfit.adapters.state import Adapter, Factors
 from rankfit.strategies.start import Share
+
+#: Up to this many columns a sketch is exact.
+EXACT = 64
+#: Random vectors of a sketch.
+VECTORS = 16
+
+
+class Sketch:
+    """Σ w·B·A seen through a few random vectors: its norm, without the matrix or its terms.
+
+    ‖M·Ω‖_F is an unbiased estimate of ‖M‖_F in squares for Ω (k, p) with E[Ω·Ωᵀ] = 1; up to
+    :data:`EXACT` columns Ω is the identity, and it is no estimate. Sketches of one module use the
+    same Ω, so that they can be subtracted.
+    """
+
+    def __init__(self, like: Factors, index: int) -> None:
+        k = like.a.shape[1]
+        generator = torch.Generator().manual_seed(index)
+        self._vectors = (
+            torch.eye(k)
+            if k <= EXACT
+            else torch.randn(k, VECTORS, generator=generator) / VECTORS**0.5
+        )
+        self._sum = torch.zeros(like.b.shape[0], self._vectors.shape[1], dtype=torch.float64)
+
+    def add(self, factors: Factors, weight: float) -> None:
+        """Add ``weight · B·A``."""
+        self._sum.add_(factors.b @ (factors.a @ self._vectors), alpha=weight)
+
+    def energy(self) -> float:
+        """‖M‖_F²."""
+        return float(self._sum.square().sum())
+
+
+class Sketches:
+    """One :class:`Sketch` for each module of an adapter."""
+
+    def __init__(self, like: Adapter) -> None:
+        self._modules = {
+            module: Sketch(own, index) for index, (module, own) in enumerate(like.factors.items())
+        }
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        """Add ``weight`` times the adapter's products, its scale included."""
+        for module, own in adapter.factors.items():
+            self._modules[module].add(own, weight * adapter.scale)
+
+    def norm(self) -> float:
+        """Of all modules together."""
+        return math.sqrt(sum(sketch.energy() for sketch in self._modules.values()))
 
 
 class Diagnosis:
@@ -22,29 +71,33 @@ class Diagnosis:
 
     def __init__(self, reference: Adapter) -> None:
         self._reference = reference
+        whole = Sketches(reference)
+        whole.add(reference, 1.0)
+        self._norm = whole.norm()
         self._given: list[float] = []
-        self._mean = _sums(reference)
-        self._change = _sums(reference)
+        self._mean = Sketches(reference)
+        self._change = Sketches(reference)
         self._weight = 0.0
 
-    def start(self, share: Share, folds: bool) -> None:
-        """Note how far a client's start is from the global adapter (the folded part is exact)."""
-        seen = [share.given] if folds or share.frozen is None else [share.given, share.frozen]
-        difference = _sums(self._reference)
-        for adapter, sign in [(self._reference, 1.0), *((own, -1.0) for own in seen)]:
-            for module, factors in adapter.factors.items():
-                difference[module].add(factors, sign * adapter.scale)
-        whole = _norm(_summed(self._reference))
-        self._given.append(_norm(difference) / whole if whole else 0.0)
+    def truncation(self, share: Share, folds: bool) -> float:
+        """How far a start is from the global adapter, relative to it (the folded part is exact)."""
+        difference = Sketches(self._reference)
+        difference.add(self._reference, 1.0)
+        difference.add(share.given, -1.0)
+        if share.frozen is not None and not folds:
+            difference.add(share.frozen, -1.0)
+        return difference.norm() / self._norm if self._norm else 0.0
+
+    def start(self, truncation: float) -> None:
+        """Note a client's start."""
+        self._given.append(truncation)
 
     def see(self, update: Update) -> None:
         """Note an update that was merged."""
         self._weight += update.weight
-        for module, factors in update.trained.factors.items():
-            weight = update.weight * update.trained.scale
-            self._mean[module].add(factors, weight)
-            self._change[module].add(factors, weight)
-            self._change[module].add(update.given.factors[module], -weight)
+        self._mean.add(update.trained, update.weight)
+        self._change.add(update.trained, update.weight)
+        self._change.add(update.given, -update.weight)
 
     def figures(
         self, merged: Adapter, residual: Adapter | None, after: Adapter
@@ -53,7 +106,8 @@ class Diagnosis:
 
         ``truncation-error``: mean over the clients of ‖ΔW − start‖/‖ΔW‖. ``mean-error``: distance
         of the merge (with what was folded) from M = Σ w·s·B·A, relative to M. ``change-error``: the
-        same for the change, from ΔW + Σ w·s·(B·A − B⁰·A⁰), relative to the mean change.
+        same for the change, from ΔW + Σ w·s·(B·A − B⁰·A⁰), relative to the mean change. The norms
+        are those of sketches, so beyond 64 columns all three are estimates.
         ``effective-rank``: exp of the entropy of the energies σ²/Σσ², mean over the modules (1 =
         collapsed). ``top-energy``: share of the strongest direction. ``norm``: ‖ΔW‖.
         """
@@ -66,23 +120,20 @@ class Diagnosis:
             found["change-error"] = self._distance(self._change, parts, [self._reference])
         return found | spectrum_figures(after)
 
-    def _distance(
-        self, target: Mapping[str, ProductSum], after: list[Adapter], before: list[Adapter]
-    ) -> float:
+    def _distance(self, target: Sketches, after: list[Adapter], before: list[Adapter]) -> float:
         """‖after − before − target‖ / ‖target‖; the target's sums are used up."""
-        whole = _norm(target)
+        whole = target.norm()
         for adapters, sign in ((after, -1.0), (before, 1.0)):
             for adapter in adapters:
-                for module, own in adapter.factors.items():
-                    target[module].add(own, sign * self._weight * adapter.scale)
-        return _norm(target) / whole if whole else 0.0
+                target.add(adapter, sign * self._weight)
+        return target.norm() / whole if whole else 0.0
 
 
 def spectrum_figures(adapter: Adapter) -> dict[str, float]:
     """Energy of an adapter's spectrum, averaged over its modules; an untrained one is left out."""
     ranks, tops, norm = [], [], 0.0
-    for sums in _summed(adapter).values():
-        energies = sums.spectrum().values.square()
+    for own in adapter.factors.values():
+        energies = _energies(own) * adapter.scale**2
         total = float(energies.sum())
         norm += total
         if total <= 0:
@@ -99,16 +150,9 @@ def spectrum_figures(adapter: Adapter) -> dict[str, float]:
     }
 
 
-def _sums(adapter: Adapter) -> dict[str, ProductSum]:
-    return {m: ProductSum(f.b.shape[0], f.a.shape[1]) for m, f in adapter.factors.items()}
-
-
-def _summed(adapter: Adapter) -> dict[str, ProductSum]:
-    sums = _sums(adapter)
-    for module, factors in adapter.factors.items():
-        sums[module].add(factors, adapter.scale)
-    return sums
-
-
-def _norm(sums: Mapping[str, ProductSum]) -> float:
-    return math.sqrt(sum(float(total.dense().square().sum()) for total in sums.values()))
+def _energies(factors: Factors) -> Tensor:
+    """Squared singular values of B·A, (rank,): the eigenvalues of √(BᵀB)·AAᵀ·√(BᵀB)."""
+    b, a = factors.b.double(), factors.a.double()
+    values, vectors = torch.linalg.eigh(b.T @ b)
+    root = vectors * values.clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(root.T @ (a @ a.T) @ root).clamp(min=0)

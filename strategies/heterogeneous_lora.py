@@ -39,6 +39,16 @@ log = logging.getLogger(__name__)
 Scorer = Callable[[Adapter, int], Mapping[str, float]]
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """A share as it is sent, its bytes of adapter, and how far it is from the whole adapter."""
+
+    share: Share
+    record: ArrayRecord
+    bytes: int
+    truncation: float
+
+
 @dataclass
 class TrainingRound:
     """A round under way."""
@@ -124,16 +134,23 @@ class HeterogeneousLora(Strategy):
         folded = self.advance.folded and self._arrives(self.advance.folded)
         diagnosis = Diagnosis(adapter) if self.settings.server.diagnostics else None
         assignments, outgoing = [], []
+        parcels: dict[object, Parcel] = {}
         for client in clients:
             plan = self.plans[client]
             seed = derive(self.settings.run.seed, "start", server_round, client)
-            share = self.method.start.share(sent, folded, plan, seed)
+            same = (tuple(plan.ranks.items()), plan.tail_rank)
+            key = (same, client) if self.method.start.draws else same
+            parcel = parcels.get(key)
+            if parcel is None:
+                share = self.method.start.share(sent, folded, plan, seed)
+                parcel = parcels[key] = self._pack(share, diagnosis)
             if diagnosis is not None:
-                diagnosis.start(share, self.method.start.folds)
-            assignment, message = self._assign(client, plan, share, server_round)
+                diagnosis.start(parcel.truncation)
+            assignment, message = self._assign(client, plan, parcel, server_round)
             assignments.append(assignment)
             outgoing.append(message)
         merge = self.method.merge(adapter, derive(self.settings.run.seed, "merge", server_round))
+        merge.tolerance = self.settings.server.merge_tolerance
         self._round = TrainingRound(server_round, merge, assignments, diagnosis, ScoreBook())
         return outgoing
 
@@ -268,22 +285,25 @@ class HeterogeneousLora(Strategy):
         state = round_trip(adapter.state_dict(), self.settings.wire.dtype)
         return Adapter.from_state_dict(state, adapter.scale)
 
+    def _pack(self, share: Share, diagnosis: Diagnosis | None) -> Parcel:
+        """Encode a share, once for all clients that get the same."""
+        truncation = diagnosis.truncation(share, self.method.start.folds) if diagnosis else 0.0
+        arrays = encode(share.travels.state_dict(), self.settings.wire.dtype)
+        download = sum(array.nbytes for array in arrays.values())
+        return Parcel(share, messages.arrays_record(arrays), download, truncation)
+
     def _assign(
-        self, client: str, plan: Plan, share: Share, server_round: int
+        self, client: str, plan: Plan, parcel: Parcel, server_round: int
     ) -> tuple[Assignment, Message]:
         """Address a client's share to it."""
-        node_id = self.fleet.devices[client].node_id
-        arrays = encode(share.travels.state_dict(), self.settings.wire.dtype)
+        node_id, share = self.fleet.devices[client].node_id, parcel.share
         config = self._config(server_round, share.given.scale) | {"client": client}
         content = RecordDict(
-            {
-                "adapter": messages.arrays_record(arrays),
-                "plan": ConfigRecord({**config, **plan.to_dict()}),
-            }
+            {"adapter": parcel.record, "plan": ConfigRecord({**config, **plan.to_dict()})}
         )
         ttl = self.settings.server.round_timeout_seconds
         message = messages.message(content, node_id, messages.TRAIN, server_round, ttl)
-        download = sum(array.nbytes for array in arrays.values())
+        download = parcel.bytes
         return Assignment(client, node_id, plan, share.given, download, share.indices), message
 
     def _config(self, server_round: int, scale: float) -> dict[str, int | float | str]:
@@ -304,7 +324,8 @@ class HeterogeneousLora(Strategy):
             )
             self.planner.ran_out(assignment.client, assignment.plan)
         try:
-            update = read_update(assignment, arrays, metrics, self.settings.server.max_update_norm)
+            limit, wire = self.settings.server.max_update_norm, self.settings.wire.dtype
+            update = read_update(assignment, arrays, metrics, limit, wire)
             self.samples[assignment.client] = update.weight
             if self.settings.server.sampling == "samples":
                 # Clients of many samples come more often; they must not count for more as well.

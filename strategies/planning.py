@@ -212,10 +212,12 @@ class Planner:
 
     def _unaffordable(self, estimator: Estimator, plan: Plan) -> str:
         payload = estimator.payload
-        values = sum(min(d, k) * (d + k) for d, k in payload.shapes.values())
+        folded = sum(
+            min(shape) * payload.direction_bytes(module) for module, shape in payload.shapes.items()
+        )
         return (
             f"method {self._method.name} folds what it learns into the base: up to "
-            f"{values * payload.number_bytes} bytes go to every client in every round, which this "
+            f"{folded} bytes go to every client in every round, which this "
             "one's memory or download (plan.download-seconds) does not allow"
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankfit.adapters.merge import Update
 from rankfit.adapters.state import Adapter
-from rankfit.adapters.wire import decode
+from rankfit.adapters.wire import WireType, decode_update
 from rankfit.estimator.plan import Plan
 
 Metrics = Mapping[str, int | float]
@@ -53,6 +53,7 @@ def read_update(
     arrays: Mapping[str, NDArray[np.generic]],
     metrics: Metrics,
     max_norm: float,
+    wire_type: WireType = "float32",
 ) -> Update:
     """Turn a reply into an update that fits its assignment.
 
@@ -69,11 +70,11 @@ def read_update(
     if not samples > 0:
         raise BadUpdate(f"num-examples is {samples}; expected at least 1")
     given = _given(assignment, metrics)
+    expected = given.moving(assignment.plan.moves)
     try:
-        state = decode(arrays)
+        state = decode_update(arrays, expected, wire_type)
     except ValueError as error:
         raise BadUpdate(str(error)) from error
-    expected = given.moving(assignment.plan.moves)
     _check_names(state, expected)
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:

@@ -46,6 +46,8 @@ class Start(ABC):
     takes_tail = True
     #: Whether they come along without being asked for, where that costs no trained rank.
     brings_tail = False
+    #: Whether clients with the same ranks get different shares.
+    draws = False
 
     @abstractmethod
     def share(self, sent: Adapter, folded: Adapter | None, plan: Plan, seed: int) -> Share:
@@ -115,6 +117,7 @@ class Drawn(Start):
     """
 
     takes_tail = False
+    draws = True
 
     def share(self, sent: Adapter, folded: Adapter | None, plan: Plan, seed: int) -> Share:
         """See the base class."""

@@ -1,6 +1,6 @@
 """Weighted mean of the products, then its best rank-R approximation."""
 
-from rankfit.adapters.merge import MeanProduct
+from rankfit.adapters.mean_product import MeanProduct
 from rankfit.strategies.allocation import OwnRank
 from rankfit.strategies.method import Method
 from rankfit.strategies.schedule import both

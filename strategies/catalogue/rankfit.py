@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rankfit.adapters.merge import MeanChange
+from rankfit.adapters.mean_product import MeanChange
 from rankfit.strategies.allocation import OwnRank
 from rankfit.strategies.method import Method
 from rankfit.strategies.schedule import both

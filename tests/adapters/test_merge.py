@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankfit.adapters.mean_product import MeanChange, MeanProduct
 from rankfit.adapters.merge import (
     AverageFactors,
-    MeanChange,
-    MeanProduct,
     Merge,
     PaddedChange,
     Update,

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from rankfit.adapters.folding import AverageAndResidual, Stacked, compact, fold, join
+from rankfit.adapters.mean_product import MeanChange, MeanProduct
 from rankfit.adapters.merge import (
     AverageFactors,
-    MeanChange,
-    MeanProduct,
     Merge,
     PaddedChange,
     Update,

@@ -90,7 +90,10 @@ def test_hraloras_ranks_follow_from_the_links() -> None:
         (["train.batch-size=many"], "train.batch-size: expected int, got 'many'"),
         (["train.batch-size=0"], "train.batch-size: .*greater than or equal to 1.*got 0"),
         (["train.learning-rate=-1.0"], "train.learning-rate: .*greater than 0"),
-        (["wire.dtype=float8"], "wire.dtype: .*'float32', 'float16' or 'bfloat16'.*got 'float8'"),
+        (
+            ["wire.dtype=float8"],
+            "wire.dtype: .*'float32', 'float16', 'bfloat16' or 'int8'.*got 'float8'",
+        ),
         (["plan.search=magic"], "plan.search: unknown step 'magic'"),
         (["fleet.memory-mib=2048,lots"], "fleet.memory-mib: expected comma-separated numbers"),
         (["fleet.memory-mib=2048,0"], "fleet.memory-mib: every figure must be above 0"),

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from rankfit.adapters.folding import Stacked
-from rankfit.adapters.merge import AverageFactors, MeanProduct, Merge, Update
+from rankfit.adapters.mean_product import MeanProduct
+from rankfit.adapters.merge import AverageFactors, Merge, Update
 from rankfit.adapters.state import Adapter, Factors
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.strategies.advance import Advance

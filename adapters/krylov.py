@@ -1,0 +1,122 @@
+"""The strongest directions of a matrix by a few products with blocks, to a tolerance."""
+
+import torch
+from torch import Tensor
+
+from rankfit.adapters.operator import Operator, Spectrum, Stack
+
+#: Columns of a block beyond the rank.
+OVERSAMPLING = 16
+#: Random vectors that estimate how much of the matrix lies outside the blocks.
+PROBES = 8
+#: Half-steps (one product with M or its transpose each) before the exact route is taken instead.
+HALF_STEPS = 16
+#: Share of the estimated best error's square that is relied on.
+SAFETY = 0.5
+#: Energies closer than this share of the whole cannot be told apart in float32.
+RESOLUTION = 1e-9
+
+
+def iterated(
+    matrix: Operator,
+    rank: int,
+    tolerance: float,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+) -> Spectrum | None:
+    """Block Lanczos bidiagonalisation until the estimated excess error is below the tolerance.
+
+    None if it is not within :data:`HALF_STEPS` half-steps. Each multiplies a new orthonormal block
+    by M or Mᵀ; all blocks are kept, so that the energy which their ``rank`` strongest directions
+    capture grows as fast as with any method of as many products (Musco and Musco, 2015). The gains
+    tell what is still missed; random vectors that the blocks have not seen tell what lies outside.
+    """
+    d, k = matrix.shape
+    columns = min(rank + OVERSAMPLING, d, k)
+    kind = matrix.left.dtype if isinstance(matrix, Stack) else matrix.matrix.dtype
+    block = torch.randn(k, columns, generator=generator, dtype=kind)
+    if start is not None:
+        known = start[:columns].to(kind).T
+        block[:, : known.shape[1]] = torch.where(
+            known.abs().amax(0) > 0, known, block[:, : known.shape[1]]
+        )
+    fresh = torch.randn(k, PROBES, generator=generator, dtype=kind)
+    right = orthonormal(block)  # (k, n): grows by a block at a time, as does left (d, n)
+    both = matrix.times(torch.cat([right, fresh], 1))
+    products, probes = both[:, :columns], both[:, columns:]  # M · right, and what random rows see
+    left, turned = products.new_zeros(d, 0), products.new_zeros(k, 0)  # and Mᵀ · left
+    captured, gains = _captured(products, rank), [float("inf")]
+    while left.shape[1] + columns <= min(d, k) and len(gains) <= HALF_STEPS:
+        block = orthonormal(products[:, right.shape[1] - columns :], left)
+        left = torch.cat([left, block], 1)
+        turned = torch.cat([turned, matrix.transposed_times(block)], 1)
+        outside = float((probes - left @ (left.T @ probes)).double().square().sum()) / PROBES
+        whole = float(turned.double().square().sum()) + outside
+        gains.append(_captured(turned, rank) - captured)
+        captured += gains[-1]
+        if _settled(gains, captured, whole, tolerance):
+            return _assembled(left, turned, rank)
+        if right.shape[1] + columns > min(d, k):
+            return None
+        block = orthonormal(turned[:, left.shape[1] - columns :], right)
+        right = torch.cat([right, block], 1)
+        products = torch.cat([products, matrix.times(block)], 1)
+        gains.append(_captured(products, rank) - captured)
+        captured += gains[-1]
+        if _settled(gains, captured, whole, tolerance):
+            return _assembled(right, products, rank).transposed()
+    return None
+
+
+def _settled(gains: list[float], captured: float, whole: float, tolerance: float) -> bool:
+    """Whether the energy still missed is below (1 + tolerance)² − 1 of the best error's square.
+
+    It is taken as what comes if the gains go on shrinking as they did, but by no more than to 0.3
+    each. Of the best error's square, half is relied on: it rests on a few random vectors.
+    """
+    last, before = max(gains[-1], 0.0), gains[-2]
+    ratio = 0.5 if before == float("inf") else min(last / before, 0.9) if before > 0 else 0.0
+    ratio = max(ratio, 0.3)
+    missed = last * ratio / (1 - ratio)
+    allowed = SAFETY * ((1 + tolerance) ** 2 - 1) * max(whole - captured, 0.0)
+    return missed <= max(allowed, RESOLUTION * whole)
+
+
+def _captured(product: Tensor, rank: int) -> float:
+    """Energy (squared singular values) of the strongest directions of a tall matrix."""
+    double = product.double()
+    return float(torch.linalg.eigvalsh(double.T @ double)[-rank:].clamp(min=0).sum())
+
+
+def orthonormal(tall: Tensor, against: Tensor | None = None) -> Tensor:
+    """An orthonormal basis of the columns of a tall matrix, of the same shape.
+
+    Twice by the eigenvectors of its Gram matrix, which is several times faster than Householder QR
+    for many rows. Columns may differ in size by any factor; those that are no direction of their
+    own leave columns of zeros.
+
+    Parameters
+    ----------
+    tall : Tensor
+        (n, columns).
+    against : Tensor, optional
+        (n, any), orthonormal: the basis is orthogonal to it.
+    """
+    for _ in range(2):
+        largest = tall.abs().amax(0)
+        tall = tall / torch.where(largest > 0, largest, 1.0)
+        if against is not None and against.shape[1]:
+            tall = tall - against @ (against.T @ tall)
+        double = tall.double()
+        values, vectors = torch.linalg.eigh(double.T @ double)
+        live = values > 1e-12 * values[-1:].clamp(min=torch.finfo(values.dtype).tiny)
+        scale = torch.where(live, values.clamp(min=1e-300).rsqrt(), 0.0)
+        tall = tall @ (vectors * scale).to(tall.dtype)
+    return tall
+
+
+def _assembled(left: Tensor, other: Tensor, rank: int) -> Spectrum:
+    """The decomposition of left · otherᵀ, whose left columns are orthonormal."""
+    basis, core = torch.linalg.qr(other.double())
+    u, values, vt = torch.linalg.svd(core.T)
+    return Spectrum(left.double() @ u[:, :rank], values[:rank], vt[:rank] @ basis.T)

@@ -1,0 +1,95 @@
+"""Merges in product space: the exact mean of the products, or of what clients changed in them."""
+
+import torch
+from torch import Tensor
+
+from rankfit.adapters.merge import Merge, Update, product_sums
+from rankfit.adapters.product import refactor
+from rankfit.adapters.state import Adapter, Factors
+
+
+class MeanProduct(Merge):
+    """FlexLoRA: the weighted mean of the products, exactly, then its best rank-R approximation.
+
+    Source: arXiv:2402.11505. Low-rank clients vote zero for every direction that they lack.
+    """
+
+    aligned = False
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._sums = product_sums(reference)
+
+    def _add_factors(self, update: Update) -> None:
+        for module, factors in update.trained.factors.items():
+            self._sums[module].add(factors, update.weight * update.trained.scale)
+
+    def _finish_module(self, module: str) -> Factors:
+        # Last round's directions are a good guess at this round's.
+        own, generator = self.reference.factors[module], self._generator(module)
+        sums = self._sums.pop(module)
+        spectrum = sums.strongest(own.rank, self.tolerance, generator, start=own.a)
+        return refactor(
+            spectrum.scaled(1 / (self.total * self.reference.scale)), own.rank, generator
+        )
+
+
+class MeanChange(MeanProduct):
+    """RankFit: ΔW + Σ w·s·(B·A − B⁰·A⁰), exactly, then its best rank-R approximation.
+
+    B⁰·A⁰ is what the client was given. Only what clients changed is merged, so a direction that a
+    low-rank client was never given stays as it is instead of being pulled to zero.
+
+    What clients were given are mostly the same directions, so Σ w·s·B⁰·A⁰ is kept as one product
+    with a weight for each direction, not as one product for each client.
+    """
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._given = {module: Given(own) for module, own in reference.factors.items()}
+
+    def _add_factors(self, update: Update) -> None:
+        super()._add_factors(update)
+        for module, factors in update.given.factors.items():
+            weight = -update.weight * update.given.scale
+            if not self._given[module].take(factors, update.indices.get(module), weight):
+                self._sums[module].add(factors, weight)
+
+    def _finish_module(self, module: str) -> Factors:
+        own = self.reference.factors[module]
+        self._sums[module].add(own, self.total * self.reference.scale)
+        self._sums[module].add(self._given[module].product(), 1.0)
+        return super()._finish_module(module)
+
+
+class Given:
+    """Σ w·B⁰·A⁰ of starts that are the same directions wherever they overlap."""
+
+    def __init__(self, like: Factors) -> None:
+        self._factors = Factors(torch.zeros_like(like.b), torch.zeros_like(like.a))
+        self._weights = torch.zeros(like.rank, dtype=torch.float64)
+
+    def take(self, factors: Factors, directions: Tensor | None, weight: float) -> bool:
+        """Add a start; False, and nothing is added, if it differs from one that came before.
+
+        Only starts of leading directions (``directions`` is None) are compared: they can be without
+        a copy.
+        """
+        if directions is not None:
+            return False
+        rank, known = factors.rank, int((self._weights != 0).sum())
+        both = min(rank, known)
+        same = torch.equal(self._factors.b[:, :both], factors.b[:, :both]) and torch.equal(
+            self._factors.a[:both], factors.a[:both]
+        )
+        if not same:
+            return False
+        self._factors.b[:, both:rank] = factors.b[:, both:]
+        self._factors.a[both:rank] = factors.a[both:]
+        self._weights[:rank] += weight
+        return True
+
+    def product(self) -> Factors:
+        """The sum as one pair of factors."""
+        b = self._factors.b * self._weights.to(self._factors.b.dtype)
+        return Factors(b, self._factors.a)

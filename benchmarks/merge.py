@@ -1,0 +1,216 @@
+"""Merging one layer: RankFit's engine beside straightforward forms of what others do.
+
+``python benchmarks/merge.py [--quick] [--output FILE]``, one process, one thread, CPU seconds.
+Client ranks cycle through 4, 8, 16, 32, 64; the global rank is 64. Times include stacking.
+
+- dense: Σ w·B·A, then a full SVD (FlexLoRA).
+- factors: zero-padded mean of the factors, their product, then a full SVD (HRALoRA).
+- qr: QR of both stacks and an SVD of the core (NVFlare); left out where the stack is wider than the
+  matrix and it can only lose to the dense form.
+- cold, warm: the engine at its default tolerance, without and with last round's directions.
+- exact: the engine at tolerance 0.
+
+``excess`` is the total error over that of the best rank-64 approximation, less 1; ``distance`` is
+how far the result is from that approximation, relative to it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import machine  # noqa: E402
+from rankfit.adapters.operator import Spectrum  # noqa: E402
+from rankfit.adapters.product import ProductSum  # noqa: E402
+from rankfit.adapters.state import Factors  # noqa: E402
+
+RANKS = (4, 8, 16, 32, 64)
+RANK = 64
+TOLERANCE = 0.005
+SHAPES = ((768, 768), (3072, 768), (768, 3072), (3072, 3072), (4096, 4096))
+CLIENTS = (10, 50, 100, 1000)
+RESULT = Path(__file__).parent / "results" / "merge.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer of one round.
+
+    Attributes
+    ----------
+    factors : Sequence[Factors]
+        Of each client, all with weight 1 / clients.
+    before : Tensor
+        (RANK, k): right directions of a round that was like it.
+    """
+
+    d: int
+    k: int
+    spectrum: str
+    factors: Sequence[Factors]
+    before: Tensor
+
+    @property
+    def weight(self) -> float:
+        """Of each client."""
+        return 1 / len(self.factors)
+
+
+def case(d: int, k: int, clients: int, spectrum: str) -> Case:
+    """Clients that agree on a decaying spectrum but for noise, or on nothing (flat)."""
+    generator = torch.Generator().manual_seed(clients)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    count = min(256, d, k)
+    u, v = torch.linalg.qr(random(d, count))[0], torch.linalg.qr(random(k, count))[0].T
+    root = torch.arange(1, count + 1) ** -0.5
+    factors = []
+    for client in range(clients):
+        rank = RANKS[client % len(RANKS)]
+        if spectrum == "flat":
+            factors.append(Factors(random(d, rank) / d**0.5, random(rank, k) / k**0.5))
+            continue
+        b = u[:, :rank] * root[:rank] + 0.1 * random(d, rank) / d**0.5
+        a = root[:rank, None] * v[:rank] + 0.1 * random(rank, k) / k**0.5
+        factors.append(Factors(b, a))
+    noise = 0.3 * random(RANK, k) / k**0.5
+    return Case(d, k, spectrum, factors, v[:RANK] + noise)
+
+
+def dense(own: Case) -> Spectrum:
+    """FlexLoRA's way."""
+    total = torch.zeros(own.d, own.k)
+    for factors in own.factors:
+        total += own.weight * (factors.b @ factors.a)
+    return _cut(*torch.linalg.svd(total, full_matrices=False))
+
+
+def factor_mean(own: Case) -> Spectrum:
+    """HRALoRA's way; not the mean of the products."""
+    b, a = torch.zeros(own.d, RANK), torch.zeros(RANK, own.k)
+    for factors in own.factors:
+        b[:, : factors.rank] += own.weight * factors.b
+        a[: factors.rank] += own.weight * factors.a
+    return _cut(*torch.linalg.svd(b @ a, full_matrices=False))
+
+
+def qr(own: Case) -> Spectrum:
+    """NVFlare's way."""
+    left = torch.cat([own.weight * factors.b for factors in own.factors], 1)
+    right = torch.cat([factors.a for factors in own.factors], 0)
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, values, vt = torch.linalg.svd(r_left @ r_right.T)
+    return Spectrum(q_left @ u[:, :RANK], values[:RANK], vt[:RANK] @ q_right.T)
+
+
+def engine(tolerance: float, warm: bool) -> Callable[[Case], Spectrum]:
+    """RankFit's."""
+
+    def merge(own: Case) -> Spectrum:
+        total = ProductSum(own.d, own.k)
+        for factors in own.factors:
+            total.add(factors, own.weight)
+        start = own.before if warm else None
+        return total.strongest(RANK, tolerance, torch.Generator().manual_seed(0), start)
+
+    return merge
+
+
+WAYS: dict[str, Callable[[Case], Spectrum]] = {
+    "dense": dense,
+    "factors": factor_mean,
+    "qr": qr,
+    "cold": engine(TOLERANCE, warm=False),
+    "warm": engine(TOLERANCE, warm=True),
+    "exact": engine(0.0, warm=False),
+}
+PEERS = ("dense", "factors", "qr")
+
+
+def measure(own: Case) -> dict[str, dict[str, float]]:
+    """CPU seconds and errors of every way."""
+    whole = ProductSum(own.d, own.k)
+    for factors in own.factors:
+        whole.add(Factors(factors.b.double(), factors.a.double()), own.weight)
+    matrix = whole.dense()
+    least, reference, found = 0.0, torch.zeros(0), {}
+    for name in ("exact", *(way for way in WAYS if way != "exact")):
+        width = sum(factors.rank for factors in own.factors)
+        if name == "qr" and width > 2 * min(own.d, own.k):
+            continue
+        seconds, spectrum = _timed(WAYS[name], own)
+        result = (spectrum.u.double() * spectrum.values.double()) @ spectrum.vt.double()
+        error = float(torch.linalg.norm(matrix - result))
+        if name == "exact":
+            least, reference = error, result
+        distance = float(torch.linalg.norm(result - reference) / torch.linalg.norm(reference))
+        found[name] = {"seconds": seconds, "excess": error / least - 1, "distance": distance}
+    return found
+
+
+def _timed(way: Callable[[Case], Spectrum], own: Case) -> tuple[float, Spectrum]:
+    """Best CPU seconds of up to five runs, or of as many as fit into three seconds."""
+    times: list[float] = []
+    while not times or (len(times) < 5 and sum(times) < 3):
+        began = time.thread_time()
+        spectrum = way(own)
+        times.append(time.thread_time() - began)
+    return min(times), spectrum
+
+
+def _cut(u: Tensor, values: Tensor, vt: Tensor) -> Spectrum:
+    return Spectrum(u[:, :RANK], values[:RANK], vt[:RANK])
+
+
+def _line(result: dict[str, Any]) -> list[str]:
+    ways = result["ways"]
+    peers = {name: ways[name]["seconds"] for name in PEERS if name in ways}
+    cells = [f"{result['d']}x{result['k']}", str(result["clients"]), result["spectrum"]]
+    cells += [f"{ways[name]['seconds']:.3f}" if name in ways else "-" for name in WAYS]
+    cells.append(f"{min(peers.values()) / ways['cold']['seconds']:.1f}")
+    cells.append(f"{ways['qr']['seconds'] / ways['cold']['seconds']:.1f}" if "qr" in ways else "-")
+    return [*cells, f"{100 * ways['cold']['excess']:.2f} %"]
+
+
+def main() -> None:
+    """Run the grid, show the table and write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="no 4096, no 1000 clients")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console, results = Console(width=160), []
+    table = Table("shape", "clients", "spectrum", *WAYS, "best peer / cold", "qr / cold", "excess")
+    for d, k in SHAPES:
+        for clients in CLIENTS:
+            if options.quick and (d > 3072 or clients > 100):
+                continue
+            for spectrum in ("decaying", "flat"):
+                ways = measure(case(d, k, clients, spectrum))
+                results.append(
+                    {"d": d, "k": k, "clients": clients, "spectrum": spectrum, "ways": ways}
+                )
+                table.add_row(*_line(results[-1]))
+                console.print(" ".join(_line(results[-1])))
+                record = {"benchmark": "merge", "rank": RANK, "tolerance": TOLERANCE}
+                record |= machine("torch") | {"results": results}
+                options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
