@@ -11,8 +11,8 @@ OVERSAMPLING = 16
 PROBES = 8
 #: Half-steps (one product with M or its transpose each) before the exact route is taken instead.
 HALF_STEPS = 16
-#: Share of the estimated best error's square that is relied on.
-SAFETY = 0.5
+#: Share of the allowed excess that the estimate may fill; both rest on few figures.
+SAFETY = 0.75
 #: Energies closer than this share of the whole cannot be told apart in float32.
 RESOLUTION = 1e-9
 
@@ -45,8 +45,8 @@ def iterated(
     both = matrix.times(torch.cat([right, fresh], 1))
     products, probes = both[:, :columns], both[:, columns:]  # M · right, and what random rows see
     left, turned = products.new_zeros(d, 0), products.new_zeros(k, 0)  # and Mᵀ · left
-    captured, gains = _captured(products, rank), [float("inf")]
-    while left.shape[1] + columns <= min(d, k) and len(gains) <= HALF_STEPS:
+    captured, gains = _captured(products, rank), list[float]()
+    while left.shape[1] + columns <= min(d, k) and len(gains) < HALF_STEPS:
         block = orthonormal(products[:, right.shape[1] - columns :], left)
         left = torch.cat([left, block], 1)
         turned = torch.cat([turned, matrix.transposed_times(block)], 1)
@@ -71,13 +71,13 @@ def iterated(
 def _settled(gains: list[float], captured: float, whole: float, tolerance: float) -> bool:
     """Whether the energy still missed is below (1 + tolerance)² − 1 of the best error's square.
 
-    It is taken as what comes if the gains go on shrinking as they did, but by no more than to 0.3
-    each. Of the best error's square, half is relied on: it rests on a few random vectors.
+    It is taken as what comes if the gains go on shrinking as they did. Two half-steps are counted
+    as one, for with d ≠ k one side's gain more than the other's, and rounding sets the two sides
+    apart by a constant; until there are two pairs they are taken to halve.
     """
-    last, before = max(gains[-1], 0.0), gains[-2]
-    ratio = 0.5 if before == float("inf") else min(last / before, 0.9) if before > 0 else 0.0
-    ratio = max(ratio, 0.3)
-    missed = last * ratio / (1 - ratio)
+    pair, before = max(sum(gains[-2:]), 0.0), sum(gains[-4:-2])
+    ratio = min(max(pair / before, 0.1), 0.9) if len(gains) >= 4 and before > 0 else 0.5
+    missed = pair * ratio / (1 - ratio)
     allowed = SAFETY * ((1 + tolerance) ** 2 - 1) * max(whole - captured, 0.0)
     return missed <= max(allowed, RESOLUTION * whole)
 

@@ -12,11 +12,12 @@ from peft import PeftModel
 
 from rankfit.client import trainer
 from rankfit.configs.settings import ConfigError
+from rankfit.estimator.network import Payload
 from rankfit.server.rundir import RunDirectory
 from rankfit.strategies.catalogue import find, methods
 from rankfit.tasks.adapted import predict
 from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import load_base
+from rankfit.tasks.models import head_modules, load_base, target_modules
 from tests.server.federation import Fault, FaultyGrid, run, settings_for
 
 VOLATILE = ("seconds", "train-seconds", "peak-memory-bytes")
@@ -283,13 +284,23 @@ def test_alternating_sends_back_one_factor(tmp_path: Path) -> None:
             assert client["upload-bytes"] - head == both // 2
 
 
-@pytest.mark.parametrize("wire", ["float16", "bfloat16"])
-def test_half_the_bytes_on_the_wire_learn_as_well(wire: str, tmp_path: Path, plain: Path) -> None:
-    folder = run(settings_for(tmp_path, wire, f"wire.dtype={wire}"))
-    whole, half = lines(plain)[-1], lines(folder)[-1]
-    assert half["evaluation"]["accuracy"] == pytest.approx(
+@pytest.mark.parametrize("wire", ["float16", "bfloat16", "int8"])
+def test_fewer_bytes_on_the_wire_learn_as_well(wire: str, tmp_path: Path, plain: Path) -> None:
+    # An unlimited link, so that all types train the same ranks.
+    links = ("plan.upload-seconds=0", "plan.download-seconds=0")
+    folder = run(settings_for(tmp_path, wire, f"wire.dtype={wire}", *links))
+    whole, fewer = lines(plain)[-1], lines(folder)[-1]
+    assert fewer["evaluation"]["accuracy"] == pytest.approx(
         whole["evaluation"]["accuracy"], abs=0.08
     )
+    settings = settings_for(tmp_path, wire, f"wire.dtype={wire}")
+    base = load_base(settings, 10)
+    targets = target_modules(base, settings.lora.targets)
+    payload = Payload.of(base, targets, head_modules(base), wire)
+    plans = {line["client"]: line["plan"] for line in lines(folder, "plans.jsonl")}
+    for name, client in fewer["clients"].items():
+        factors = payload.bytes_per_rank() * min(plans[name]["ranks"])
+        assert client["upload-bytes"] == factors + payload.head_bytes
 
 
 def test_a_bf16_base_trains_float32_factors(tmp_path: Path) -> None:
