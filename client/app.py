@@ -35,7 +35,7 @@ def capabilities(message: Message, context: Context) -> Message:
     """Answer with the device report; a worker may begin to load what training will need."""
     order = _order(context)
     if order is None:
-        report = _report(context)
+        report = _report(context, _own())
     else:
         from rankfit.client import messenger
 
@@ -154,6 +154,16 @@ def _report(context: Context, worker: Held | None = None) -> DeviceReport:
     return device_report(
         context.node_config, _settings(context), node_id=context.node_id, worker=worker
     )
+
+
+def _own() -> Held | None:
+    """What this very process holds of its GPU, where it has trained before: free for it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    from rankfit.estimator.calibration import Calibration
+
+    return Held(os.getpid(), torch.cuda.memory_reserved() + Calibration.cuda().context)
 
 
 def _see_only(report: DeviceReport) -> None:

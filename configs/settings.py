@@ -211,6 +211,8 @@ class Plan(Table):
     download_seconds: NonNegative = 0.0
     #: Bytes kept free beside the estimate.
     margin_mib: NonNegative = 0.0
+    #: When free memory is read: of the clients of a round before each round, or when first seen.
+    read_memory: Literal["every-round", "once"] = "every-round"
 
     @model_validator(mode="after")
     def _known_steps(self) -> Self:

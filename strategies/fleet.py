@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two looks for new nodes or replies.
 PAUSE = 0.1
+#: Seconds that a known client has to report again; its last report counts after that.
+RENEWAL = 30.0
 
 
 class FleetError(RuntimeError):
@@ -62,9 +64,9 @@ def exchange(
 
 
 class Fleet:
-    """The devices of a run by client name, asked once each.
+    """The devices of a run by client name, asked when they are first seen and by :meth:`renew`.
 
-    A node that joins late, or comes back under a new id, is asked when it is first seen.
+    A node that joins late, or comes back under a new id, is new.
     """
 
     def __init__(self, query_timeout: float) -> None:
@@ -92,6 +94,38 @@ class Fleet:
         for node in fresh:
             if node not in self._asked:
                 log.warning("node %d has not answered the query in %.0f s", node, ttl)
+
+    def renew(self, grid: Grid, server_round: int, clients: Iterable[str]) -> bool:
+        """Ask known clients again what they have now; say whether any report has changed.
+
+        A simulated CPU device with a declared budget is not asked: its memory is fixed. A client
+        that does not answer in time keeps its last report.
+        """
+        known = [c for c in clients if c in self.devices and _varies(self.devices[c].report)]
+        outgoing = [
+            messages.message(
+                RecordDict(), self.devices[client].node_id, messages.QUERY, server_round, RENEWAL
+            )
+            for client in known
+        ]
+        fresh: dict[str, DeviceReport] = {}
+        for index, reply in exchange(grid, outgoing, min(RENEWAL, self._query_timeout)):
+            report = _read(self.devices[known[index]].node_id, reply)
+            if report is not None:
+                fresh[known[index]] = replace(report, client=known[index])
+        for client in known:
+            if client not in fresh:
+                log.warning("client %s has not reported again; its last report counts", client)
+        changed = {c: r for c, r in fresh.items() if r != self.devices[c].report}
+        for client, report in changed.items():
+            before = self.devices[client].report
+            self.devices[client] = replace(self.devices[client], report=report)
+            if report.budget_bytes != before.budget_bytes:
+                log.info(
+                    "client %s has %.1f MiB now, %.1f before",
+                    client, report.budget_bytes / 2**20, before.budget_bytes / 2**20,
+                )  # fmt: skip
+        return bool(changed)
 
     def wait(
         self,
@@ -123,13 +157,8 @@ class Fleet:
 
     def _admit(self, node: int, reply: Message) -> None:
         self._asked[node] = ""
-        if reply.has_error():
-            log.warning("node %d gave no device report: %s", node, messages.failure(reply))
-            return
-        try:
-            report = messages.device_report(reply)
-        except ValueError as error:
-            log.warning("node %d gave a device report that cannot be used: %s", node, error)
+        report = _read(node, reply)
+        if report is None:
             return
         known = self.devices.get(report.client)
         if known is not None:
@@ -140,6 +169,23 @@ class Fleet:
             report = replace(report, client=f"{report.client}-{node}")
         self._asked[node] = report.client
         self.devices[report.client] = Device(node, report)
+
+
+def _read(node: int, reply: Message) -> DeviceReport | None:
+    """The report in a reply; None, with a warning, where there is no usable one."""
+    if reply.has_error():
+        log.warning("node %d gave no device report: %s", node, messages.failure(reply))
+        return None
+    try:
+        return messages.device_report(reply)
+    except ValueError as error:
+        log.warning("node %d gave a device report that cannot be used: %s", node, error)
+        return None
+
+
+def _varies(report: DeviceReport) -> bool:
+    """Whether what a device has can differ from one query to the next (docs/devices.md)."""
+    return report.accelerator != "cpu" or report.source != "declared"
 
 
 def sample(clients: Mapping[str, object] | Iterable[str], count: int, seed: int) -> list[str]:

@@ -57,6 +57,7 @@ class Planner:
         self.able = 0
         self._fits: dict[tuple[tuple[Moves, ...], DeviceReport], Plan | NothingFits] = {}
         self._priced: dict[object, Plan | None] = {}
+        self._last: dict[str, Plan] = {}
 
     def plan_fleet(
         self, reports: Mapping[str, DeviceReport], server_round: int = 1
@@ -86,10 +87,19 @@ class Planner:
         plans = self._spend(estimator, limited, fitted, max(1, server_round))
         if reports and not plans:
             raise self._nobody()
-        return {
-            client: replace(plan, moves=stage.moves, extras=self._extras(server_round))
+        extras = self._extras(server_round)
+        self._last = {
+            client: self._steady(client, replace(plan, moves=stage.moves, extras=extras))
             for client, plan in plans.items()
         }
+        return dict(self._last)
+
+    def _steady(self, client: str, plan: Plan) -> Plan:
+        """The client's last plan where only its budget has changed since: free memory flickers."""
+        last = self._last.get(client)
+        if last is None or replace(plan, budget_bytes=last.budget_bytes) != last:
+            return plan
+        return last
 
     def _spend(
         self,
@@ -133,6 +143,11 @@ class Planner:
         """
         if client in self._reports:
             self.corrections.learn(self._reports[client], plan.peak_bytes, peak_bytes)
+
+    def kept_free(self, client: str) -> int:
+        """Bytes kept free for a client beside its estimate, as its kind of device was measured."""
+        report = self._reports.get(client)
+        return 0 if report is None else self.corrections.extra_bytes(report)
 
     def pruned(self, client: str, rank: int) -> None:
         """Plan at most at the rank that a client pruned itself to."""
