@@ -1,7 +1,7 @@
 """The memory of one step of the plan search on one kind of device, over all phases of a method."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -31,7 +31,7 @@ class Footprint:
     _known: dict[int, dict[int, tuple[int, int]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    _reserved: dict[object, int] = field(
+    _replayed: dict[object, list[Replay]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _lives: dict[tuple[int, int], NDArray[np.int64]] = field(
@@ -78,7 +78,7 @@ class Footprint:
         if not self.reserves:
             return self.live(ranks, tail_ranks)
         context, cap = self.calibration.context, budget_bytes - self.calibration.context
-        free = self._uncapped(ranks, tail_ranks)
+        free = max(result.reserved for result in self._uncapped(ranks, tail_ranks))
         if 0 < cap < free:
             # Under a cap the allocator gives cached segments back, and may get by.
             replays = self.replays(ranks, tail_ranks, cap_bytes=cap)
@@ -86,13 +86,12 @@ class Footprint:
                 return context + max(result.reserved for result in replays)
         return context + free
 
-    def _uncapped(self, ranks: Ranks, tail_ranks: Ranks) -> int:
-        """Reserved bytes without a cap, kept by ranks: the same for every device."""
+    def _uncapped(self, ranks: Ranks, tail_ranks: Ranks) -> list[Replay]:
+        """Replays without a cap, kept by ranks: the same for every device."""
         key = (_key(ranks), _key(tail_ranks))
-        if key not in self._reserved:
-            replays = self.replays(ranks, tail_ranks)
-            self._reserved[key] = max(result.reserved for result in replays)
-        return self._reserved[key]
+        if key not in self._replayed:
+            self._replayed[key] = self.replays(ranks, tail_ranks)
+        return self._replayed[key]
 
     def holds(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> bool:
         """Say whether these ranks train within a budget."""
@@ -132,16 +131,23 @@ class Footprint:
         return 0
 
     def breakdown(self, ranks: Ranks, tail_ranks: Ranks = 0) -> Breakdown:
-        """Categories of the phase that takes most."""
+        """Categories of the phase that takes most.
+
+        On a GPU in blocks of the allocator, as ``torch.cuda.max_memory_allocated`` counts them:
+        what rounding and blocks that are not split add goes to ``forward``.
+        """
         key = (_key(ranks), _key(tail_ranks))
         if key not in self._breakdowns:
-            self._breakdowns[key] = max(
-                (
-                    trace.breakdown(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
-                    for trace in self.traces
-                ),
-                key=lambda breakdown: breakdown.total,
-            )
+            splits = [
+                trace.breakdown(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
+                for trace in self.traces
+            ]
+            if self.reserves:
+                splits = [
+                    replace(split, forward=split.forward + max(0, blocks.allocated - split.total))
+                    for split, blocks in zip(splits, self._uncapped(ranks, tail_ranks), strict=True)
+                ]
+            self._breakdowns[key] = max(splits, key=lambda split: split.total)
         return self._breakdowns[key]
 
     def _live_up_to(self, limit: int, total_rank: int) -> NDArray[np.int64]:
