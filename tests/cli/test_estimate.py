@@ -74,5 +74,30 @@ def test_a_bad_fleet_file_is_named(tmp_path: Path, text: str, message: str):
         read_fleet(path)
 
 
+def test_the_reason_of_each_step_of_the_search_is_shown():
+    text = run("estimate", "quickstart", "--memory-mib", "2.5")
+    assert "micro-batch 32: the least rank needs" in text and "too much" in text
+    (record,) = json.loads(run("estimate", "quickstart", "--memory-mib", "2.5", "--format", "json"))
+    assert record["rejected"][0]["step"] == "micro-batch 32"
+    assert record["rejected"][0]["needs-bytes"] > record["budget-bytes"] >= record["peak-bytes"]
+    nothing = run("estimate", "quickstart", "--memory-mib", "0.2")
+    assert "Nothing that is allowed fits: needs" in nothing.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quickstart", "--memory-mib", "-1"), "memory-mib is -1"),
+        (("quickstart", "--memory-mib", "0"), "memory-mib is 0"),
+        (("quickstart", "lora.targets=nothing", "--memory-mib", "5"), "nothing"),
+        (("quickstart", "model.precision=fp8", "--memory-mib", "5"), "model.precision"),
+        (("no/such-model", "--memory-mib", "5"), "no/such-model"),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_clear_error(arguments: tuple[str, ...], message: str):
+    result = CliRunner().invoke(app, ["estimate", *arguments])
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+
+
 def test_latex_escapes():
     assert r"a\_b & 50\% \\" in latex(("x", "y"), [("a_b", "50%")])
