@@ -209,6 +209,8 @@ class Plan(Table):
     #: Seconds allowed for one upload / download (0 = unlimited).
     upload_seconds: NonNegative = 0.0
     download_seconds: NonNegative = 0.0
+    #: Seconds allowed for one round's training, by the client's own measured pace (0 = unlimited).
+    deadline_seconds: NonNegative = 0.0
     #: Bytes kept free beside the estimate.
     margin_mib: NonNegative = 0.0
     #: When free memory is read: of the clients of a round before each round, or when first seen.

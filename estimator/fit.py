@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
-import torch
 from transformers import PreTrainedConfig
 
 from rankfit.adapters.names import Moves
@@ -15,12 +14,19 @@ from rankfit.estimator.network import Payload
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.search import Step, steps
-from rankfit.estimator.spec import InputSpec, Kind, StepSpec, canonical
+from rankfit.estimator.spec import InputSpec, Kind, StepSpec, canonical, inputs_of
 from rankfit.estimator.trace import Ranks
 from rankfit.estimator.tracer import TraceCache
-from rankfit.estimator.verdict import Bounds, Estimate, NothingFits, too_large, too_slow
+from rankfit.estimator.verdict import (
+    Bounds,
+    Estimate,
+    NothingFits,
+    too_large,
+    too_late,
+    too_slow,
+)
+from rankfit.estimator.work import Pace, Work, even_rank, work_of
 from rankfit.tasks import models
-from rankfit.tasks.task import TensorSpec
 
 __all__ = ["MIB", "Estimate", "Estimator", "NothingFits", "inputs_of"]
 
@@ -76,6 +82,7 @@ class Estimator:
         self.steps = steps(settings, can_checkpoint=can_checkpoint)
         self.traces = TraceCache() if traces is None else traces
         self._footprints: dict[tuple[StepSpec, Calibration], Footprint] = {}
+        self._works: dict[bool, Work] = {}
         #: The same where every module has an adapter, without the cost of a spec for each device.
         self._whole: dict[tuple[str, Step, bool, Calibration], Footprint] = {}
 
@@ -145,6 +152,7 @@ class Estimator:
         *,
         calibration: Calibration | None = None,
         extra_bytes: int = 0,
+        pace: Pace | None = None,
     ) -> Estimate | NothingFits:
         """Plan for one device: the first step at which ``plan.min-rank`` fits, at its largest rank.
 
@@ -155,6 +163,8 @@ class Estimator:
         extra_bytes : int
             Kept free beside ``plan.margin-mib``: what this client was measured to take above its
             estimate.
+        pace : Pace, optional
+            What this client's rounds were measured to take; ``plan.deadline-seconds`` needs it.
         """
         settings = self.settings
         if extra_bytes < 0:
@@ -170,19 +180,47 @@ class Estimator:
         if limit < least:
             return too_slow(report, settings, self.payload, self.phases, upload)
         tail = settings.method.tail and (download is None or download >= cap)
+        late: Step | None = None
         for position, step in enumerate(self.steps):
-            rank, total = self._largest(report, terms, step, limit, budget, tail)
+            time = self.time_bound(step, pace)
+            if time is not None and time < least:
+                late = late or step
+                continue
+            most = limit if time is None else min(limit, time)
+            rank, total = self._largest(report, terms, step, most, budget, tail)
             if rank < least:
                 continue
-            bounds = Bounds(rank, upload, download, cap)
+            bounds = Bounds(rank, upload, download, cap, time)
             ranks = dict.fromkeys(self.spec.targets, rank)
             plan = self._plan(report, terms, step, ranks, total, budget)
             footprint = self.footprint(report, step, None, total > 0, terms)
             split = footprint.breakdown(rank, max(0, total - rank))
-            plan = replace(plan, binding=bounds.binding(limit))
+            plan = replace(plan, binding=bounds.binding(most))
             return Estimate(report.client, plan, bounds, split, tuple(self.steps[:position]))
+        if late is not None and pace is not None:
+            return too_late(report, settings, self.work(late), pace)
         needs = self.needs(report, calibration=terms, budget_bytes=budget)
         return too_large(report, least, needs, report.budget_bytes - budget)
+
+    def work(self, step: Step) -> Work:
+        """FLOPs of a step for one sample, the most over the phases."""
+        if step.checkpointing not in self._works:
+            spec = replace(self.spec, checkpointing=step.checkpointing)
+            phases = [replace(spec, moves=moves) for moves in self.phases]
+            self._works[step.checkpointing] = Work.most(work_of(phase) for phase in phases)
+        return self._works[step.checkpointing]
+
+    def time_bound(self, step: Step, pace: Pace | None) -> int | None:
+        """Largest rank that is trained within ``plan.deadline-seconds``; None = no bound."""
+        deadline = self.settings.plan.deadline_seconds
+        if pace is None or deadline == 0:
+            return None
+        return pace.bound(self.work(step), deadline)
+
+    def flops(self, plan: Plan) -> float:
+        """FLOPs of a plan for one sample."""
+        step = Step(plan.micro_batch, plan.accumulation, plan.checkpointing)
+        return self.work(step).flops(even_rank(plan.ranks, self.payload.shapes))
 
     def needs(
         self,
@@ -297,16 +335,6 @@ class Estimator:
             binding="cap",
             tail_rank=total if tail else 0,
         )
-
-
-def inputs_of(
-    batch: Mapping[str, TensorSpec] | Mapping[str, torch.Tensor],
-) -> tuple[InputSpec, ...]:
-    """Shapes of one sample from a task's ``example_batch``, or from a real batch."""
-    return tuple(
-        InputSpec(name, tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in batch.items()
-    )
 
 
 def _check_ranks(ranks: Mapping[str, int], targets: Sequence[str]) -> None:

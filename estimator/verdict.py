@@ -10,6 +10,7 @@ from rankfit.estimator.plan import Binding, Plan
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.search import Step
 from rankfit.estimator.trace import Breakdown
+from rankfit.estimator.work import Pace, Work
 
 MIB = 2**20
 
@@ -25,6 +26,7 @@ class Bounds:
     upload: int | None
     download: int | None
     cap: int
+    time: int | None = None
 
     def binding(self, limit: int) -> Binding:
         """The constraint that keeps the rank from being larger; ``limit`` = least but memory."""
@@ -32,6 +34,8 @@ class Bounds:
             return "memory"
         if self.cap == limit:
             return "cap"
+        if self.time == limit:
+            return "time"
         return "upload" if self.upload == limit else "download"
 
 
@@ -59,7 +63,7 @@ class NothingFits:
     Attributes
     ----------
     binding : str
-        The constraint that leaves nothing: memory, upload or download.
+        The constraint that leaves nothing: memory, upload, download or time.
     needs_bytes, budget_bytes : int
         Least memory that any allowed step needs (0 when memory is not the reason), and what the
         device has.
@@ -114,3 +118,14 @@ def too_large(
         f"{report.budget_bytes / MIB:.1f} MiB"
     )
     return NothingFits(report.client, "memory", reason, need, report.budget_bytes)
+
+
+def too_late(report: DeviceReport, settings: RunSettings, work: Work, pace: Pace) -> NothingFits:
+    """A device at whose pace the least rank is not trained in time; ``work`` of its least step."""
+    least, allowed = settings.plan.min_rank, settings.plan.deadline_seconds
+    takes = pace.seconds(work.flops(least))
+    reason = (
+        f"{pace.examples} samples at rank {least} take {takes:.1f} s at its measured "
+        f"{pace.flops_per_second / 1e9:.1f} GFLOP/s; plan.deadline-seconds allows {allowed:g}"
+    )
+    return NothingFits(report.client, "time", reason, 0, report.budget_bytes)

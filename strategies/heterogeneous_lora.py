@@ -27,7 +27,7 @@ from rankfit.strategies.advance import Advance
 from rankfit.strategies.diagnosis import Diagnosis
 from rankfit.strategies.fleet import Fleet, sample
 from rankfit.strategies.method import Method
-from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
+from rankfit.strategies.outcome import Outcome, spent, summarise, weighted_mean
 from rankfit.strategies.planning import Planner
 from rankfit.strategies.replies import Assignment, BadUpdate, Metrics, read_update
 from rankfit.strategies.scores import ScoreBook
@@ -285,7 +285,7 @@ class HeterogeneousLora(Strategy):
             if "OutOfMemoryError" in reason:  # not even its smallest fall-back fitted
                 self.planner.ran_out(assignment.client, assignment.plan)
             return _dropped(assignment, reason, {}, 0)
-        metrics = messages.metrics(reply)
+        metrics: Metrics = messages.metrics(reply)
         arrays = messages.adapter_arrays(reply)
         upload = sum(array.nbytes for array in arrays.values())
         if metrics.get("out-of-memory", 0) > 0:
@@ -319,6 +319,8 @@ class HeterogeneousLora(Strategy):
         whole = not metrics.get("out-of-memory", 0)
         if whole and metrics.get("peak-memory-bytes", 0) > 0:
             self.planner.measured(client, plan, int(metrics["peak-memory-bytes"]))
+        if whole:
+            self.planner.timed(client, plan, *spent(self.settings, metrics))
         kept = self.planner.kept_free(client)
         return {**metrics, "expected-peak-bytes": plan.peak_bytes, "kept-free-bytes": kept}
 
