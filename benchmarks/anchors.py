@@ -15,12 +15,13 @@ from accelerate.commands.estimate import estimate_training_usage
 from accelerate.utils import calculate_maximum_sizes
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.allocator import replay
 from rankfit.estimator.calibration import Calibration
+from rankfit.estimator.components import real_batch, real_step
 from rankfit.estimator.fit import Estimator
 from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.memory import Footprint
@@ -79,26 +80,7 @@ def spec_of(name: str) -> StepSpec:
 
 def real_model(spec: StepSpec, rank: int) -> nn.Module:
     """The adapted model with random weights on the CPU."""
-    model = build(spec, dict.fromkeys(spec.targets, rank)).to_empty(device="cpu")
-    model.base_model.model.tie_weights()  # to_empty unties them
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
-        for buffer in model.buffers():
-            buffer.zero_()
-    return model
-
-
-def real_batch(spec: StepSpec) -> dict[str, Tensor]:
-    """A batch of the spec's shapes, its last texts padded."""
-    batch = {
-        item.name: torch.zeros((spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype))
-        for item in spec.inputs
-    }
-    if "attention_mask" in batch:
-        batch["attention_mask"][:] = 1
-        batch["attention_mask"][0, -3:] = 0
-    return batch
+    return real_step(spec, dict.fromkeys(spec.targets, rank))
 
 
 def live_peak(spec: StepSpec, rank: int) -> int:

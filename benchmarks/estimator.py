@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rankfit.client.host import processor_name
 from rankfit.configs.settings import from_flat
+from rankfit.estimator.components import real_batch
 from rankfit.estimator.depth import solve_deep
 from rankfit.estimator.fit import Estimator
 from rankfit.estimator.report import DeviceReport
@@ -125,7 +126,7 @@ def profiled(name: str) -> float:
             model = anchors.real_model(spec, rank)
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = make_optimizer(spec, trained)
-            batch = anchors.real_batch(spec)
+            batch = real_batch(spec)
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
                 model(**batch).loss.backward()
                 optimizer.step()

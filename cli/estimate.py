@@ -43,7 +43,7 @@ def probe(
 
     record = device_report({}, RunSettings(), node_id=0).to_dict()
     rows = [(key, str(value)) for key, value in record.items()]
-    _write(form, record, "device report", ("field", "value"), rows)
+    write(form, record, "device report", ("field", "value"), rows)
 
 
 def estimate(
@@ -88,7 +88,7 @@ def estimate(
         records = plan_records(settings, reports, None if kind is None else kind.value)
     except ValueError as error:  # a model or a step that cannot be estimated
         raise ConfigError(str(error)) from error
-    _write(form, records, "plans", _COLUMNS, [_row(record) for record in records])
+    write(form, records, "plans", _COLUMNS, [_row(record) for record in records])
     if form is Format.TABLE and len(records) == 1:
         for line in why(records[0]):
             Console().print(line, highlight=False)
@@ -292,13 +292,14 @@ def _breakdown(record: Mapping[str, Any]) -> None:
     )
 
 
-def _write(
+def write(
     form: Format,
     record: object,
     title: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
 ) -> None:
+    """Write a result: a table on the console, its record as JSON, or the table in LaTeX."""
     if form is Format.JSON:
         typer.echo(json.dumps(record, indent=2))
     elif form is Format.LATEX:
