@@ -213,6 +213,8 @@ class Plan(Table):
     deadline_seconds: NonNegative = 0.0
     #: Bytes kept free beside the estimate.
     margin_mib: NonNegative = 0.0
+    #: Profile of calibration terms that ``rankfit calibrate`` wrote ("" = the table's terms).
+    calibration: str = ""
     #: When free memory is read: of the clients of a round before each round, or when first seen.
     read_memory: Literal["every-round", "once"] = "every-round"
 

@@ -12,6 +12,7 @@ from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.memory import Footprint, tail_ranks
 from rankfit.estimator.network import Payload
 from rankfit.estimator.plan import Plan
+from rankfit.estimator.profile import Profile
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.search import Step, steps
 from rankfit.estimator.spec import InputSpec, Kind, StepSpec, canonical, inputs_of
@@ -55,7 +56,7 @@ class Estimator:
     Raises
     ------
     ConfigError
-        If ``plan.min-rank`` is above ``lora.rank``.
+        If ``plan.min-rank`` is above ``lora.rank``, or the profile of terms cannot be used.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Estimator:
         self.payload = payload
         self.settings = settings
         self.phases = tuple(phases)
+        self.profile = Profile.load(settings.plan.calibration)
         self.steps = steps(settings, can_checkpoint=can_checkpoint)
         self.traces = TraceCache() if traces is None else traces
         self._footprints: dict[tuple[StepSpec, Calibration], Footprint] = {}
@@ -169,7 +171,7 @@ class Estimator:
         settings = self.settings
         if extra_bytes < 0:
             raise ValueError(f"extra_bytes is {extra_bytes}; expected bytes of 0 or more")
-        terms = Calibration.of(report) if calibration is None else calibration
+        terms = self.profile.calibration(report) if calibration is None else calibration
         budget = self._budget(report) - extra_bytes
         upload = self.payload.upload_bound(
             settings.plan.upload_seconds, report.upload_mbps, self.phases
@@ -254,7 +256,7 @@ class Estimator:
         adapted = {module: rank for module, rank in named.items() if rank > 0}
         total = self.settings.lora.rank if plan.tail_rank else 0
         lowered = self._plan(
-            report, Calibration.of(report), step, adapted, total, self._budget(report)
+            report, self.profile.calibration(report), step, adapted, total, self._budget(report)
         )
         return replace(lowered, binding="method")
 
@@ -267,7 +269,7 @@ class Estimator:
         calibration: Calibration | None = None,
     ) -> Footprint:
         """Memory model of a step on a device; modules without a rank are left without adapter."""
-        terms = Calibration.of(report) if calibration is None else calibration
+        terms = self.profile.calibration(report) if calibration is None else calibration
         whole = (report.accelerator, step, tail, terms)
         if ranks is None and whole in self._whole:
             return self._whole[whole]

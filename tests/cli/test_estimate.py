@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from rankfit.cli.estimate import latex, read_fleet
@@ -101,3 +102,22 @@ def test_what_cannot_be_estimated_is_one_clear_error(arguments: tuple[str, ...],
 
 def test_latex_escapes():
     assert r"a\_b & 50\% \\" in latex(("x", "y"), [("a_b", "50%")])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_calibrate_without_a_gpu_says_so_and_shows_the_terms(tmp_path: Path):
+    out = tmp_path / "calibration.toml"
+    result = CliRunner().invoke(app, ["calibrate", "--out", str(out), "--format", "json"])
+    assert result.exit_code == 1 and not out.exists()
+    assert "No GPU is here" in result.output and "cublas-workspace-sm90" in result.output
+
+
+def test_a_profile_of_terms_changes_the_estimate(tmp_path: Path):
+    profile = tmp_path / "own.toml"
+    profile.write_text("[terms.cuda-context]\nvalue = 0\n")
+    device = ("--memory-mib", "1024", "--compute-capability", "9.0", "--format", "json")
+    plain, changed = (
+        json.loads(run("estimate", "quickstart", *extra, *device))[0]["peak-bytes"]
+        for extra in ((), (f"plan.calibration={profile}",))
+    )
+    assert plain - changed == 470 * 2**20
