@@ -45,7 +45,10 @@ def capabilities(message: Message, context: Context) -> Message:
             partition, partitions = _place(context)
             request = Request("prefetch", partition=partition, partitions=partitions)
             messenger.prefetch(order, request, report.uuid)
-    return Message(RecordDict({"device": ConfigRecord({**report.to_dict()})}), reply_to=message)
+    content = RecordDict({"device": ConfigRecord({**report.to_dict()})})
+    if "link" in message.content:  # the server times a payload
+        content["payload"] = _payload(message.content.config_records["link"])
+    return Message(content, reply_to=message)
 
 
 @app.query("finish")
@@ -154,6 +157,14 @@ def _report(context: Context, worker: Held | None = None) -> DeviceReport:
     return device_report(
         context.node_config, _settings(context), node_id=context.node_id, worker=worker
     )
+
+
+def _payload(asked: ConfigRecord) -> ArrayRecord:
+    """Random bytes, as many as the server asks for, at most 64 MiB."""
+    import numpy as np
+
+    count = min(max(int(cast(int, asked["reply-bytes"])), 0), 64 * 2**20)
+    return ArrayRecord({"payload": Array(np.frombuffer(os.urandom(count), dtype=np.uint8))})
 
 
 def _own() -> Held | None:

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from rankfit.configs.seeds import derive
 from rankfit.estimator.report import DeviceReport
 from rankfit.strategies import messages
+from rankfit.strategies.link import Link, measure_link
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +68,22 @@ class Fleet:
     """The devices of a run by client name, asked when they are first seen and by :meth:`renew`.
 
     A node that joins late, or comes back under a new id, is new.
+
+    Parameters
+    ----------
+    query_timeout : float
+        Seconds for an answer.
+    link_bytes : int
+        Payload that measures the link of a client that declares none, one client after the other
+        so that they do not share the server's (0 = links are not measured).
     """
 
-    def __init__(self, query_timeout: float) -> None:
+    def __init__(self, query_timeout: float, link_bytes: int = 0) -> None:
         self.devices: dict[str, Device] = {}
         self._query_timeout = query_timeout
+        self._link_bytes = link_bytes
+        #: Measured links, by client; None = it could not be measured.
+        self._links: dict[str, Link | None] = {}
         self._asked: dict[int, str] = {}
 
     def refresh(self, grid: Grid, server_round: int) -> None:
@@ -91,9 +103,36 @@ class Fleet:
         ]
         for index, reply in exchange(grid, outgoing, ttl):
             self._admit(fresh[index], reply)
+        if self._link_bytes:
+            self._measure_links(grid)
         for node in fresh:
             if node not in self._asked:
                 log.warning("node %d has not answered the query in %.0f s", node, ttl)
+
+    def _measure_links(self, grid: Grid) -> None:
+        for client, device in self.devices.items():
+            declared = device.report.upload_mbps > 0 and device.report.download_mbps > 0
+            if not declared and client not in self._links:
+                timeout = self._query_timeout
+                link = measure_link(grid, device.node_id, self._link_bytes, timeout)
+                self._links[client] = link
+                self.devices[client] = replace(device, report=self._linked(client, device.report))
+                if link is not None:
+                    log.info(
+                        "client %s: %.1f Mbps up, %.1f down, %.0f ms latency (0: too fast)",
+                        client, link.upload_mbps, link.download_mbps, 1000 * link.latency,
+                    )  # fmt: skip
+
+    def _linked(self, client: str, report: DeviceReport) -> DeviceReport:
+        """The report with the measured link where none is declared."""
+        link = self._links.get(client)
+        if link is None:
+            return report
+        return replace(
+            report,
+            upload_mbps=report.upload_mbps or link.upload_mbps,
+            download_mbps=report.download_mbps or link.download_mbps,
+        )
 
     def renew(self, grid: Grid, server_round: int, clients: Iterable[str]) -> bool:
         """Ask known clients again what they have now; say whether any report has changed.
@@ -112,7 +151,8 @@ class Fleet:
         for index, reply in exchange(grid, outgoing, min(RENEWAL, self._query_timeout)):
             report = _read(self.devices[known[index]].node_id, reply)
             if report is not None:
-                fresh[known[index]] = replace(report, client=known[index])
+                named = replace(report, client=known[index])
+                fresh[known[index]] = self._linked(known[index], named)
         for client in known:
             if client not in fresh:
                 log.warning("client %s has not reported again; its last report counts", client)
@@ -168,7 +208,7 @@ class Fleet:
             )  # fmt: skip
             report = replace(report, client=f"{report.client}-{node}")
         self._asked[node] = report.client
-        self.devices[report.client] = Device(node, report)
+        self.devices[report.client] = Device(node, self._linked(report.client, report))
 
 
 def _read(node: int, reply: Message) -> DeviceReport | None:

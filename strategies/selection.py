@@ -29,7 +29,9 @@ class Selection:
     """
 
     def __init__(self, settings: RunSettings, planner: Planner) -> None:
-        self.fleet = Fleet(settings.server.wait_seconds)
+        self.fleet = Fleet(
+            settings.server.wait_seconds, int(settings.plan.measure_link_mib * 2**20)
+        )
         self.plans: dict[str, Plan] = {}
         self.samples: dict[str, float] = {}
         self._settings = settings
