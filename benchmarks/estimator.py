@@ -1,8 +1,13 @@
 """How long an estimate takes: a new model, another device, a fleet. CPU seconds of one process.
 
 ``python benchmarks/estimator.py`` prints a table and writes JSON. Imports and the first trace of
-the process are not counted. ``--full-depth`` also records each model at its full depth, which takes
-minutes, and compares every field of the two traces.
+the process are not counted. Every device of the fleet has a memory size of its own. Side by side:
+
+- ``--full-depth`` also records each model at its full depth, and compares every field of the two
+  traces;
+- ``--profiled MODEL`` also profiles ten training steps of a model on this CPU with real tensors,
+  which is how HRALoRA (CCGrid 2026) fits its estimator, there on a GPU;
+- ``--anchors`` compares what other estimators say instead (see ``anchors.py``).
 """
 
 import argparse
@@ -14,21 +19,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anchors
 import numpy as np
 import peft
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
+from rankfit.client.host import processor_name
 from rankfit.configs.settings import from_flat
+from rankfit.estimator.components import real_batch
 from rankfit.estimator.depth import solve_deep
 from rankfit.estimator.fit import Estimator
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.solve import solve
 from rankfit.estimator.spec import InputSpec
+from rankfit.estimator.step import make_optimizer
 from rankfit.estimator.tracer import TraceCache
 
+RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 #: Published shapes; no weights and no hub.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -94,9 +105,34 @@ def measure(name: str, fleet: int) -> dict[str, Any]:
     row["first device"] = seconds(lambda: estimator.fit(device((low + high) / 2)))
     sizes = np.random.default_rng(0).uniform(0.9 * low, 1.1 * high, fleet)
     times = [seconds(lambda size=size: estimator.fit(device(size))) for size in sizes]  # type: ignore[misc]
-    row["fleet"] = sum(times)
     row["another device"] = float(np.median(times))
+    row["99 % of devices"] = float(np.quantile(times, 0.99))
+    row["slowest device"] = max(times)
+    row["fleet"] = sum(times)
     return row
+
+
+#: Steps that are profiled, each at another rank.
+PROFILED = 10
+
+
+def profiled(name: str) -> float:
+    """Seconds of ten profiled training steps on real CPU tensors, models included."""
+    spec = replace(estimator_of(name).spec, accelerator="cpu")
+    ranks = np.linspace(4, 256, PROFILED).astype(int).tolist()
+
+    def work() -> None:
+        for rank in ranks:
+            model = anchors.real_model(spec, rank)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = make_optimizer(spec, trained)
+            batch = real_batch(spec)
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    return seconds(work)
 
 
 def compare(name: str) -> dict[str, Any]:
@@ -117,10 +153,20 @@ def main() -> None:
     parser.add_argument("--fleet", type=int, default=10_000, help="devices of the fleet")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--full-depth", action="store_true")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "estimator.json"
-    )
+    parser.add_argument("--profiled", default="", help="model whose steps are profiled on this CPU")
+    parser.add_argument("--anchors", action="store_true", help="compare with other estimators")
+    parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, np)}
+    record: dict[str, Any] = {
+        "versions": versions,
+        "processor": processor_name(),
+        "python": platform.python_version(),
+    }
+    if arguments.anchors:
+        record |= {"configurations": anchors.run()}
+        return _write(arguments.out or RESULTS / "estimator-anchors.json", record)
     warm = estimator_of("bert-base")
     TraceCache()(replace(warm.spec, accelerator="cuda"))
     rows = []
@@ -128,22 +174,21 @@ def main() -> None:
         row = measure(name, arguments.fleet)
         if arguments.full_depth:
             row |= compare(name)
+        if arguments.profiled:
+            row["ten profiled steps"] = profiled(name) if name == arguments.profiled else "–"
         rows.append(row)
     table = Table(*rows[0], title=f"CPU seconds; fleet of {arguments.fleet} devices")
     for row in rows:
         cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values())
         table.add_row(*cells)
     Console().print(table)
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, np)}
-    record = {
-        "rows": rows,
-        "fleet": arguments.fleet,
-        "versions": versions,
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    record |= {"rows": rows, "fleet": arguments.fleet}
+    _write(arguments.out or RESULTS / "estimator.json", record)
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

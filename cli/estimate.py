@@ -43,7 +43,7 @@ def probe(
 
     record = device_report({}, RunSettings(), node_id=0).to_dict()
     rows = [(key, str(value)) for key, value in record.items()]
-    _write(form, record, "device report", ("field", "value"), rows)
+    write(form, record, "device report", ("field", "value"), rows)
 
 
 def estimate(
@@ -84,10 +84,16 @@ def estimate(
         from rankfit.client.device import device_report
 
         reports = [device_report({}, settings, node_id=0)]
-    records = plan_records(settings, reports, None if kind is None else kind.value)
-    _write(form, records, "plans", _COLUMNS, [_row(record) for record in records])
-    if form is Format.TABLE and len(records) == 1 and "breakdown-bytes" in records[0]:
-        _breakdown(records[0])
+    try:
+        records = plan_records(settings, reports, None if kind is None else kind.value)
+    except ValueError as error:  # a model or a step that cannot be estimated
+        raise ConfigError(str(error)) from error
+    write(form, records, "plans", _COLUMNS, [_row(record) for record in records])
+    if form is Format.TABLE and len(records) == 1:
+        for line in why(records[0]):
+            Console().print(line, highlight=False)
+        if "breakdown-bytes" in records[0]:
+            _breakdown(records[0])
 
 
 def _with_model(parts: Sequence[str]) -> list[str]:
@@ -169,7 +175,18 @@ def plan_records(
     for report in reports:
         fit = estimator.fit(report)
         if not isinstance(fit, Estimate):
-            records.append({"device": report.client, "reason": fit.reason, "binding": fit.binding})
+            records.append(
+                {
+                    "device": report.client,
+                    "reason": fit.reason,
+                    "binding": fit.binding,
+                    "needs-bytes": fit.needs_bytes,
+                    "budget-bytes": fit.budget_bytes,
+                    "rejected": _rejected(estimator, report, estimator.steps)
+                    if fit.binding == "memory"
+                    else [],
+                }
+            )
             continue
         footprint = estimator.footprint(
             report,
@@ -184,6 +201,7 @@ def plan_records(
                 "micro-batch": fit.plan.micro_batch,
                 "accumulation": fit.plan.accumulation,
                 "checkpointing": fit.plan.checkpointing,
+                "rejected": _rejected(estimator, report, fit.rejected),
                 "peak-bytes": fit.plan.peak_bytes,
                 "budget-bytes": fit.plan.budget_bytes,
                 "breakdown-bytes": vars(fit.breakdown),
@@ -195,6 +213,12 @@ def plan_records(
             }
         )
     return records
+
+
+def _rejected(estimator: Any, report: DeviceReport, steps: Sequence[Any]) -> list[dict[str, Any]]:
+    """Steps of the search that were too large, with the bytes that the least rank takes there."""
+    needs = estimator.needs(report, budget_bytes=report.budget_bytes) if steps else {}
+    return [{"step": str(step), "needs-bytes": needs[step]} for step in steps]
 
 
 def _same_step(step: Any, plan: Any) -> bool:
@@ -235,8 +259,27 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def why(record: Mapping[str, Any]) -> list[str]:
+    """How the search came to a plan, a line for each step that it tried."""
+    lines = [
+        f"{each['step']}: the least rank needs {each['needs-bytes'] / MIB:.1f} MiB, too much"
+        for each in record["rejected"]
+    ]
+    if "reason" in record:
+        return [*lines, f"Nothing that is allowed fits: {record['reason']}."]
+    step = f"micro-batch {record['micro-batch']}"
+    step += " with checkpointing" if record["checkpointing"] else ""
+    kept = {
+        "memory": "the next rank does not fit in memory",
+        "cap": "lora.rank is the cap",
+        "upload": "the next rank takes longer than plan.upload-seconds",
+        "download": "the next rank takes longer than plan.download-seconds",
+    }
+    return [*lines, f"{step}: rank {record['rank']}, {kept[record['binding']]}"]
+
+
 def _breakdown(record: Mapping[str, Any]) -> None:
-    table = Table("live bytes at the peak", "MiB")
+    table = Table("at the peak", "MiB")
     for name, value in record["breakdown-bytes"].items():
         table.add_row(name, f"{value / MIB:.2f}")
     table.add_row("total", f"{sum(record['breakdown-bytes'].values()) / MIB:.2f}")
@@ -249,13 +292,14 @@ def _breakdown(record: Mapping[str, Any]) -> None:
     )
 
 
-def _write(
+def write(
     form: Format,
     record: object,
     title: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
 ) -> None:
+    """Write a result: a table on the console, its record as JSON, or the table in LaTeX."""
     if form is Format.JSON:
         typer.echo(json.dumps(record, indent=2))
     elif form is Format.LATEX:

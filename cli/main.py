@@ -12,8 +12,10 @@ from rich.table import Table
 
 from rankfit import __version__
 from rankfit.cli import api, estimate, node
+from rankfit.cli.calibrate import calibrate
 from rankfit.cli.compare import compare
 from rankfit.cli.flower import FlowerError
+from rankfit.cli.memory_report import memory_report
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError, to_flat
 
@@ -27,6 +29,8 @@ app.add_typer(node.app, name="node")
 app.command()(compare)
 app.command()(estimate.probe)
 app.command()(estimate.estimate)
+app.command()(calibrate)
+app.command("memory-report")(memory_report)
 _errors = Console(stderr=True)
 
 Parts = Annotated[

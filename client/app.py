@@ -35,7 +35,7 @@ def capabilities(message: Message, context: Context) -> Message:
     """Answer with the device report; a worker may begin to load what training will need."""
     order = _order(context)
     if order is None:
-        report = _report(context)
+        report = _report(context, _own())
     else:
         from rankfit.client import messenger
 
@@ -51,6 +51,8 @@ def capabilities(message: Message, context: Context) -> Message:
             "client": ConfigRecord({"worker": order is not None}),
         }
     )
+    if "link" in message.content:  # the server times a payload
+        content["payload"] = _payload(message.content.config_records["link"])
     return Message(content, reply_to=message)
 
 
@@ -153,6 +155,24 @@ def _report(context: Context, worker: Held | None = None) -> DeviceReport:
     return device_report(
         context.node_config, _settings(context), node_id=context.node_id, worker=worker
     )
+
+
+def _payload(asked: ConfigRecord) -> ArrayRecord:
+    """Random bytes, as many as the server asks for, at most 64 MiB."""
+    import numpy as np
+
+    count = min(max(int(cast(int, asked["reply-bytes"])), 0), 64 * 2**20)
+    return ArrayRecord({"payload": Array(np.frombuffer(os.urandom(count), dtype=np.uint8))})
+
+
+def _own() -> Held | None:
+    """What this very process holds of its GPU, where it has trained before: free for it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    from rankfit.estimator.calibration import Calibration
+
+    return Held(os.getpid(), torch.cuda.memory_reserved() + Calibration.cuda().context)
 
 
 def _see_only(report: DeviceReport) -> None:

@@ -209,8 +209,16 @@ class Plan(Table):
     #: Seconds allowed for one upload / download (0 = unlimited).
     upload_seconds: NonNegative = 0.0
     download_seconds: NonNegative = 0.0
+    #: MiB of the timed payloads that measure the link of a client that declares none (0 = not).
+    measure_link_mib: Annotated[float, Field(ge=0, le=64)] = 0.0
+    #: Seconds allowed for one round's training, by the client's own measured pace (0 = unlimited).
+    deadline_seconds: NonNegative = 0.0
     #: Bytes kept free beside the estimate.
     margin_mib: NonNegative = 0.0
+    #: Profile of calibration terms that ``rankfit calibrate`` wrote ("" = the table's terms).
+    calibration: str = ""
+    #: When free memory is read: of the clients of a round before each round, or when first seen.
+    read_memory: Literal["every-round", "once"] = "every-round"
 
     @model_validator(mode="after")
     def _known_steps(self) -> Self:

@@ -13,10 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rankfit.estimator.native import native_replay
+from rankfit.estimator.native import Array, native_replay
 
 MIB = 2**20
 ROUND = 512
@@ -37,11 +34,21 @@ class Replay:
         Peaks: segments held, and blocks in use inside them.
     survived : bool
         False if a request could not be met under the cap.
+    refused : int
+        Least total of reserved bytes that the cap did not allow (0 = all were allowed). Under
+        every cap from ``reserved`` to below it, the replay takes the very same course.
     """
 
     reserved: int
     allocated: int
     survived: bool
+    refused: int = 0
+
+    def holds_under(self, cap_bytes: int | None) -> bool:
+        """Whether a replay under this cap would take the same course."""
+        if cap_bytes is None:
+            return self.refused == 0
+        return self.reserved <= cap_bytes and (not self.refused or cap_bytes < self.refused)
 
 
 class _Block:
@@ -67,6 +74,8 @@ class CachingAllocator:
         self.cap_bytes = cap_bytes
         self.reserved = self.allocated = 0
         self.peak_reserved = self.peak_allocated = 0
+        #: Least total of reserved bytes that the cap did not allow; 0 = all were allowed.
+        self.refused = 0
         self._top = 0
         #: Free blocks of the large (False) and the small (True) pool, by (size, address).
         self._pools: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
@@ -116,9 +125,9 @@ class CachingAllocator:
             need = LARGE_SEGMENT
         else:
             need = -(-size // ROUND_LARGE) * ROUND_LARGE
-        if self.cap_bytes is not None and self.reserved + need > self.cap_bytes:
+        if not self._fits(need):
             self._give_back()
-            if self.reserved + need > self.cap_bytes:
+            if not self._fits(need):
                 return None
         block = _Block(self._top, need, size <= SMALL)
         self._at[self._top] = block
@@ -126,6 +135,13 @@ class CachingAllocator:
         self.reserved += need
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return block
+
+    def _fits(self, need: int) -> bool:
+        total = self.reserved + need
+        if self.cap_bytes is None or total <= self.cap_bytes:
+            return True
+        self.refused = min(self.refused, total) if self.refused else total
+        return False
 
     def _give_back(self) -> None:
         for pool in self._pools.values():
@@ -165,15 +181,25 @@ class CachingAllocator:
 
 
 def replay_fast(
-    sizes: NDArray[np.int64], events: NDArray[np.int64], cap_bytes: int | None = None
+    column: Array,
+    amount: Array,
+    point: Array,
+    events: Array,
+    resting: int = 0,
+    cap_bytes: int | None = None,
 ) -> Replay:
-    """As :func:`replay`, in C where there is a compiler."""
+    """As :func:`replay`, in C where there is a compiler; for its parameters see there.
+
+    Allocation i takes ``amount[i] * point[column[i]]`` bytes; ``resting`` bytes come before all.
+    """
     if cap_bytes is not None and cap_bytes <= 0:
         raise ValueError(f"cap_bytes is {cap_bytes}; expected bytes above 0, or None")
-    result = native_replay(sizes, events, cap_bytes)
-    if result is None:
-        return replay(sizes.tolist(), events.tolist(), cap_bytes)
-    return Replay(*result)
+    result = native_replay(column, amount, point, events, resting, cap_bytes)
+    if result is not None:
+        reserved, allocated, refused, survived = result
+        return Replay(reserved, allocated, survived, refused)
+    sizes = (amount * point[column]).tolist()
+    return replay([*sizes, resting], [len(sizes), *events.tolist()], cap_bytes)
 
 
 def replay(sizes: Sequence[int], events: Sequence[int], cap_bytes: int | None = None) -> Replay:
@@ -208,6 +234,10 @@ def replay(sizes: Sequence[int], events: Sequence[int], cap_bytes: int | None = 
             continue
         block = allocator.allocate(nbytes)
         if block is None:
-            return Replay(allocator.peak_reserved, allocator.peak_allocated, survived=False)
+            return _outcome(allocator, survived=False)
         blocks[event] = block
-    return Replay(allocator.peak_reserved, allocator.peak_allocated, survived=True)
+    return _outcome(allocator, survived=True)
+
+
+def _outcome(allocator: CachingAllocator, *, survived: bool) -> Replay:
+    return Replay(allocator.peak_reserved, allocator.peak_allocated, survived, allocator.refused)

@@ -7,6 +7,10 @@ from rankfit.estimator.report import DeviceReport
 
 log = logging.getLogger(__name__)
 
+#: Corrections are whole multiples of it, and an excess of less than one is none: what a step takes
+#: varies by some hundred bytes of counters, and two runs of one seed must make the same plans.
+GRAIN = 16 * 1024
+
 
 def kind_of(report: DeviceReport) -> str:
     """Kind of device whose errors are alike: accelerator, product, compute capability."""
@@ -30,9 +34,13 @@ class Corrections:
     def learn(self, report: DeviceReport, expected_bytes: int, measured_bytes: int) -> None:
         """Take in the measured peak of one update that trained its whole plan."""
         excess, kind = measured_bytes - expected_bytes, kind_of(report)
+        excess = -(-excess // GRAIN) * GRAIN if excess >= GRAIN else 0
         if excess > self._excess.get(kind, 0):
             self._excess[kind] = excess
-            log.info("%s takes up to %.1f MiB above its estimate", kind, excess / 2**20)
+            log.info(
+                "%s takes up to %.2f MiB above its estimate, which is kept free from now on",
+                kind, excess / 2**20,
+            )  # fmt: skip
 
     def state(self) -> dict[str, int]:
         """What was learnt, for the checkpoint."""

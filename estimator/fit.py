@@ -1,10 +1,9 @@
 """What fits: from a device report to a plan, or to the reason why there is none."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
-import torch
 from transformers import PreTrainedConfig
 
 from rankfit.adapters.names import Moves
@@ -12,59 +11,27 @@ from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.memory import Footprint, tail_ranks
 from rankfit.estimator.network import Payload
-from rankfit.estimator.plan import Binding, Plan
+from rankfit.estimator.plan import Plan
+from rankfit.estimator.profile import Profile
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.search import Step, steps
-from rankfit.estimator.spec import InputSpec, Kind, StepSpec, canonical
-from rankfit.estimator.trace import Breakdown
+from rankfit.estimator.spec import InputSpec, Kind, StepSpec, canonical, inputs_of
+from rankfit.estimator.trace import Ranks
 from rankfit.estimator.tracer import TraceCache
+from rankfit.estimator.verdict import (
+    Bounds,
+    Estimate,
+    NothingFits,
+    too_large,
+    too_late,
+    too_slow,
+)
+from rankfit.estimator.work import Pace, Work, even_rank, work_of
 from rankfit.tasks import models
-from rankfit.tasks.task import TensorSpec
+
+__all__ = ["MIB", "Estimate", "Estimator", "NothingFits", "inputs_of"]
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Largest rank by each constraint; None = no bound.
-
-    ``memory`` is not looked for above the others: it is at most the smallest of them.
-    """
-
-    memory: int
-    upload: int | None
-    download: int | None
-    cap: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A plan and what it rests on, for the table of plans."""
-
-    client: str
-    plan: Plan
-    bounds: Bounds
-    breakdown: Breakdown
-
-
-@dataclass(frozen=True)
-class NothingFits:
-    """A device that is left out, and why.
-
-    Attributes
-    ----------
-    binding : str
-        The constraint that leaves nothing: memory, upload or download.
-    needs_bytes, budget_bytes : int
-        Least memory that any allowed step needs (0 when memory is not the reason), and what the
-        device has.
-    """
-
-    client: str
-    binding: Binding
-    reason: str
-    needs_bytes: int
-    budget_bytes: int
 
 
 class Estimator:
@@ -89,7 +56,7 @@ class Estimator:
     Raises
     ------
     ConfigError
-        If ``plan.min-rank`` is above ``lora.rank``.
+        If ``plan.min-rank`` is above ``lora.rank``, or the profile of terms cannot be used.
     """
 
     def __init__(
@@ -113,9 +80,13 @@ class Estimator:
         self.payload = payload
         self.settings = settings
         self.phases = tuple(phases)
+        self.profile = Profile.load(settings.plan.calibration)
         self.steps = steps(settings, can_checkpoint=can_checkpoint)
         self.traces = TraceCache() if traces is None else traces
         self._footprints: dict[tuple[StepSpec, Calibration], Footprint] = {}
+        self._works: dict[bool, Work] = {}
+        #: The same where every module has an adapter, without the cost of a spec for each device.
+        self._whole: dict[tuple[str, Step, bool, Calibration], Footprint] = {}
 
     @classmethod
     def for_run(
@@ -183,6 +154,7 @@ class Estimator:
         *,
         calibration: Calibration | None = None,
         extra_bytes: int = 0,
+        pace: Pace | None = None,
     ) -> Estimate | NothingFits:
         """Plan for one device: the first step at which ``plan.min-rank`` fits, at its largest rank.
 
@@ -193,11 +165,13 @@ class Estimator:
         extra_bytes : int
             Kept free beside ``plan.margin-mib``: what this client was measured to take above its
             estimate.
+        pace : Pace, optional
+            What this client's rounds were measured to take; ``plan.deadline-seconds`` needs it.
         """
-        settings, client = self.settings, report.client
+        settings = self.settings
         if extra_bytes < 0:
             raise ValueError(f"extra_bytes is {extra_bytes}; expected bytes of 0 or more")
-        terms = Calibration.of(report) if calibration is None else calibration
+        terms = self.profile.calibration(report) if calibration is None else calibration
         budget = self._budget(report) - extra_bytes
         upload = self.payload.upload_bound(
             settings.plan.upload_seconds, report.upload_mbps, self.phases
@@ -206,20 +180,65 @@ class Estimator:
         cap, least = settings.lora.rank, settings.plan.min_rank
         limit = min(value for value in (upload, download, cap) if value is not None)
         if limit < least:
-            return self._too_slow(report, upload, download)
+            return too_slow(report, settings, self.payload, self.phases, upload)
         tail = settings.method.tail and (download is None or download >= cap)
-        for step in self.steps:
-            rank, total = self._largest(report, terms, step, limit, budget, tail)
+        late: Step | None = None
+        for position, step in enumerate(self.steps):
+            time = self.time_bound(step, pace)
+            if time is not None and time < least:
+                late = late or step
+                continue
+            most = limit if time is None else min(limit, time)
+            rank, total = self._largest(report, terms, step, most, budget, tail)
             if rank < least:
                 continue
-            bounds = Bounds(rank, upload, download, cap)
-            binding = _binding(bounds, limit)
+            bounds = Bounds(rank, upload, download, cap, time)
             ranks = dict.fromkeys(self.spec.targets, rank)
             plan = self._plan(report, terms, step, ranks, total, budget)
-            footprint = self.footprint(report, step, plan.ranks, total > 0, terms)
-            split = footprint.breakdown(plan.ranks, tail_ranks(plan.ranks, total))
-            return Estimate(client, replace(plan, binding=binding), bounds, split)
-        return self._too_large(report, terms, budget)
+            footprint = self.footprint(report, step, None, total > 0, terms)
+            split = footprint.breakdown(rank, max(0, total - rank))
+            plan = replace(plan, binding=bounds.binding(most))
+            return Estimate(report.client, plan, bounds, split, tuple(self.steps[:position]))
+        if late is not None and pace is not None:
+            return too_late(report, settings, self.work(late), pace)
+        needs = self.needs(report, calibration=terms, budget_bytes=budget)
+        return too_large(report, least, needs, report.budget_bytes - budget)
+
+    def work(self, step: Step) -> Work:
+        """FLOPs of a step for one sample, the most over the phases."""
+        if step.checkpointing not in self._works:
+            spec = replace(self.spec, checkpointing=step.checkpointing)
+            phases = [replace(spec, moves=moves) for moves in self.phases]
+            self._works[step.checkpointing] = Work.most(work_of(phase) for phase in phases)
+        return self._works[step.checkpointing]
+
+    def time_bound(self, step: Step, pace: Pace | None) -> int | None:
+        """Largest rank that is trained within ``plan.deadline-seconds``; None = no bound."""
+        deadline = self.settings.plan.deadline_seconds
+        if pace is None or deadline == 0:
+            return None
+        return pace.bound(self.work(step), deadline)
+
+    def flops(self, plan: Plan) -> float:
+        """FLOPs of a plan for one sample."""
+        step = Step(plan.micro_batch, plan.accumulation, plan.checkpointing)
+        return self.work(step).flops(even_rank(plan.ranks, self.payload.shapes))
+
+    def needs(
+        self,
+        report: DeviceReport,
+        *,
+        calibration: Calibration | None = None,
+        budget_bytes: int = 2**62,
+    ) -> dict[Step, int]:
+        """Bytes that the least rank takes on a device, in each step of the search."""
+        least = self.settings.plan.min_rank
+        return {
+            step: self.footprint(report, step, calibration=calibration).expected(
+                least, 0, budget_bytes
+            )
+            for step in self.steps
+        }
 
     def lower(self, report: DeviceReport, plan: Plan, ranks: int | Mapping[str, int]) -> Plan:
         """Give a device other ranks than its largest, at the step of its plan.
@@ -237,7 +256,7 @@ class Estimator:
         adapted = {module: rank for module, rank in named.items() if rank > 0}
         total = self.settings.lora.rank if plan.tail_rank else 0
         lowered = self._plan(
-            report, Calibration.of(report), step, adapted, total, self._budget(report)
+            report, self.profile.calibration(report), step, adapted, total, self._budget(report)
         )
         return replace(lowered, binding="method")
 
@@ -250,6 +269,10 @@ class Estimator:
         calibration: Calibration | None = None,
     ) -> Footprint:
         """Memory model of a step on a device; modules without a rank are left without adapter."""
+        terms = self.profile.calibration(report) if calibration is None else calibration
+        whole = (report.accelerator, step, tail, terms)
+        if ranks is None and whole in self._whole:
+            return self._whole[whole]
         targets = tuple(t for t in self.spec.targets if ranks is None or ranks.get(t, 0) > 0)
         base = replace(
             self.spec,
@@ -260,11 +283,12 @@ class Estimator:
             checkpointing=step.checkpointing,
             tail=tail,
         )
-        terms = Calibration.of(report) if calibration is None else calibration
         key = (base, terms)
         if key not in self._footprints:
             traces = tuple(self.traces(replace(base, moves=moves)) for moves in self.phases)
             self._footprints[key] = Footprint(traces, terms)
+        if ranks is None:
+            self._whole[whole] = self._footprints[key]
         return self._footprints[key]
 
     def _budget(self, report: DeviceReport) -> int:
@@ -298,9 +322,10 @@ class Estimator:
         total: int,
         budget: int,
     ) -> Plan:
-        tails = tail_ranks(ranks, total)
-        tail = any(tails.values())
-        footprint = self.footprint(report, step, ranks, tail, terms)
+        tails: Ranks = tail_ranks(ranks, total) if total else 0
+        tail = not isinstance(tails, int) and any(tails.values())
+        even = len(ranks) == len(self.spec.targets) and len(set(ranks.values())) == 1
+        footprint = self.footprint(report, step, None if even else ranks, tail, terms)
         return Plan(
             ranks=dict(ranks),
             moves=self.phases[0],
@@ -312,56 +337,6 @@ class Estimator:
             binding="cap",
             tail_rank=total if tail else 0,
         )
-
-    def _too_slow(
-        self, report: DeviceReport, upload: int | None, download: int | None
-    ) -> NothingFits:
-        least, plan = self.settings.plan.min_rank, self.settings.plan
-        slow: Binding = "upload" if upload is not None and upload < least else "download"
-        mbps = report.upload_mbps if slow == "upload" else report.download_mbps
-        seconds = plan.upload_seconds if slow == "upload" else plan.download_seconds
-        per_rank = self.payload.bytes_per_rank()
-        if slow == "upload":
-            per_rank = max(self.payload.bytes_per_rank(moves) for moves in self.phases)
-        need = self.payload.head_bytes + least * per_rank
-        reason = (
-            f"rank {least} is {need} bytes to {slow}, which takes {need * 8e-6 / mbps:.2f} s at "
-            f"{mbps:g} Mbps; plan.{slow}-seconds allows {seconds:g}"
-        )
-        return NothingFits(report.client, slow, reason, 0, report.budget_bytes)
-
-    def _too_large(self, report: DeviceReport, terms: Calibration, budget: int) -> NothingFits:
-        least = self.settings.plan.min_rank
-        needs = {
-            step: self.footprint(report, step, calibration=terms).expected(least, 0, budget)
-            for step in self.steps
-        }
-        step = min(needs, key=lambda key: needs[key])
-        spare = report.budget_bytes - budget
-        need = needs[step] + spare
-        reason = (
-            f"needs {need / MIB:.1f} MiB at rank {least}, {step}; has "
-            f"{report.budget_bytes / MIB:.1f} MiB"
-        )
-        return NothingFits(report.client, "memory", reason, need, report.budget_bytes)
-
-
-def inputs_of(
-    batch: Mapping[str, TensorSpec] | Mapping[str, torch.Tensor],
-) -> tuple[InputSpec, ...]:
-    """Shapes of one sample from a task's ``example_batch``, or from a real batch."""
-    return tuple(
-        InputSpec(name, tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in batch.items()
-    )
-
-
-def _binding(bounds: Bounds, limit: int) -> Binding:
-    if bounds.memory < limit:
-        return "memory"
-    if bounds.cap == limit:
-        return "cap"
-    return "upload" if bounds.upload == limit else "download"
 
 
 def _check_ranks(ranks: Mapping[str, int], targets: Sequence[str]) -> None:

@@ -1,17 +1,41 @@
 """The memory of one step of the plan search on one kind of device, over all phases of a method."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rankfit.estimator.allocator import ROUND_LARGE, Replay, replay_fast
+from rankfit.estimator.allocator import Replay, replay_fast
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.trace import Breakdown, Ranks, Trace
 
 NEVER = 2**62
+#: Vectors of ranks whose replays are kept.
+KEPT = 10_000
+
+
+class Courses:
+    """Replays of one step at some ranks, each kept for all the caps under which it is the same."""
+
+    def __init__(self) -> None:
+        self._lows: list[int] = []
+        self._replays: list[Replay] = []
+
+    def under(self, cap_bytes: int | None) -> Replay | None:
+        """The replay under a cap (None = no cap), if one that takes the same course is known."""
+        place = bisect_right(self._lows, NEVER if cap_bytes is None else cap_bytes) - 1
+        if place < 0 or not self._replays[place].holds_under(cap_bytes):
+            return None
+        return self._replays[place]
+
+    def add(self, replay: Replay) -> None:
+        """Keep a replay."""
+        place = bisect_right(self._lows, replay.reserved)
+        self._lows.insert(place, replay.reserved)
+        self._replays.insert(place, replay)
 
 
 @dataclass(frozen=True)
@@ -27,11 +51,7 @@ class Footprint:
 
     traces: tuple[Trace, ...]
     calibration: Calibration = Calibration()
-    #: By total rank and rank: largest cap under which it failed, smallest under which it survived.
-    _known: dict[int, dict[int, tuple[int, int]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _reserved: dict[object, int] = field(
+    _courses: dict[object, Courses] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _lives: dict[tuple[int, int], NDArray[np.int64]] = field(
@@ -71,28 +91,20 @@ class Footprint:
         self, ranks: Ranks, tail_ranks: Ranks = 0, *, cap_bytes: int | None = None
     ) -> list[Replay]:
         """Replay of each phase; ``cap_bytes`` is the allocator's, without the context."""
-        return [self._replay(trace, ranks, tail_ranks, cap_bytes) for trace in self.traces]
+        return [self._replay(phase, ranks, tail_ranks, cap_bytes) for phase in self._phases]
 
     def expected(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> int:
         """Peak of the training process in bytes, CUDA context included."""
         if not self.reserves:
             return self.live(ranks, tail_ranks)
         context, cap = self.calibration.context, budget_bytes - self.calibration.context
-        free = self._uncapped(ranks, tail_ranks)
+        free = max(result.reserved for result in self.replays(ranks, tail_ranks))
         if 0 < cap < free:
             # Under a cap the allocator gives cached segments back, and may get by.
             replays = self.replays(ranks, tail_ranks, cap_bytes=cap)
             if all(result.survived for result in replays):
                 return context + max(result.reserved for result in replays)
         return context + free
-
-    def _uncapped(self, ranks: Ranks, tail_ranks: Ranks) -> int:
-        """Reserved bytes without a cap, kept by ranks: the same for every device."""
-        key = (_key(ranks), _key(tail_ranks))
-        if key not in self._reserved:
-            replays = self.replays(ranks, tail_ranks)
-            self._reserved[key] = max(result.reserved for result in replays)
-        return self._reserved[key]
 
     def holds(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> bool:
         """Say whether these ranks train within a budget."""
@@ -105,8 +117,8 @@ class Footprint:
         """Largest rank up to ``limit``, the same in every module, within a budget; 0 = none.
 
         Reserved memory is not monotone in the rank: the search starts at the bound from live bytes
-        and goes down one by one. What a replay has shown is kept: a rank that survives under a cap
-        is taken to survive under a larger one.
+        and goes down one by one. A replay holds for a range of caps, and is kept for all devices
+        in it: the answer for one does not depend on which were asked before.
 
         Parameters
         ----------
@@ -117,31 +129,29 @@ class Footprint:
         candidates = np.flatnonzero(self._live_up_to(limit, total_rank) <= cap) + 1
         if not self.reserves:
             return int(candidates[-1]) if len(candidates) else 0
-        cap -= cap % ROUND_LARGE  # segments are multiples of it
-        known = self._known.setdefault(total_rank, {})
         for rank in reversed(candidates.tolist()):
-            failed, survived = known.get(rank, (0, NEVER))
-            if failed < cap < survived:
-                if self._survives(rank, _tail(rank, total_rank), cap):
-                    survived = cap
-                else:
-                    failed = cap
-                known[rank] = (failed, survived)
-            if cap >= survived:
+            if self._survives(rank, _tail(rank, total_rank), cap):
                 return int(rank)
         return 0
 
     def breakdown(self, ranks: Ranks, tail_ranks: Ranks = 0) -> Breakdown:
-        """Categories of the phase that takes most."""
-        key = (_key(ranks), _key(tail_ranks))
+        """Categories of the phase that takes most.
+
+        On a GPU in blocks of the allocator, as ``torch.cuda.max_memory_allocated`` counts them:
+        what rounding and blocks that are not split add goes to ``forward``.
+        """
+        key = (self._key(ranks), self._key(tail_ranks))
         if key not in self._breakdowns:
-            self._breakdowns[key] = max(
-                (
-                    trace.breakdown(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
-                    for trace in self.traces
-                ),
-                key=lambda breakdown: breakdown.total,
-            )
+            splits = [
+                trace.breakdown(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
+                for trace in self.traces
+            ]
+            if self.reserves:
+                splits = [
+                    replace(split, forward=split.forward + max(0, blocks.allocated - split.total))
+                    for split, blocks in zip(splits, self.replays(ranks, tail_ranks), strict=True)
+                ]
+            self._breakdowns[key] = max(splits, key=lambda split: split.total)
         return self._breakdowns[key]
 
     def _live_up_to(self, limit: int, total_rank: int) -> NDArray[np.int64]:
@@ -169,18 +179,36 @@ class Footprint:
 
     def _survives(self, ranks: Ranks, tail_ranks: Ranks, cap_bytes: int) -> bool:
         return all(
-            self._replay(trace, ranks, tail_ranks, cap_bytes).survived for trace in self.traces
+            self._replay(phase, ranks, tail_ranks, cap_bytes).survived for phase in self._phases
         )
 
-    def _replay(
-        self, trace: Trace, ranks: Ranks, tail_ranks: Ranks, cap_bytes: int | None
-    ) -> Replay:
-        sizes = trace.sizes(trace.point(ranks, tail_ranks, self.calibration))
-        resting = self._resting(trace, ranks, tail_ranks)
-        # The resting state is there before all else.
-        return replay_fast(
-            np.append(sizes, resting), np.append(len(sizes), trace.events), cap_bytes
-        )
+    def _replay(self, phase: int, ranks: Ranks, tail_ranks: Ranks, cap_bytes: int | None) -> Replay:
+        key = (phase, self._key(ranks), self._key(tail_ranks))
+        if key not in self._courses and len(self._courses) >= KEPT:
+            self._courses.clear()
+        courses = self._courses.setdefault(key, Courses())
+        known = courses.under(cap_bytes)
+        if known is None:
+            trace = self.traces[phase]
+            point = trace.point(ranks, tail_ranks, self.calibration)
+            # The resting state is there before all else.
+            resting = int(self._resting_state(trace) @ point)
+            known = replay_fast(trace.column, trace.amount, point, trace.events, resting, cap_bytes)
+            courses.add(known)
+        return known
+
+    @property
+    def _phases(self) -> range:
+        return range(len(self.traces))
+
+    def _key(self, ranks: Ranks) -> object:
+        """The same for one rank in every module, however it is written."""
+        if isinstance(ranks, int):
+            return ranks
+        values = tuple(ranks.values())
+        if tuple(ranks) != self.traces[0].modules:
+            return tuple(ranks.items())
+        return values[0] if len(set(values)) == 1 else values
 
     def _resting(self, trace: Trace, ranks: Ranks, tail_ranks: Ranks) -> int:
         """Bytes of optimizer state of the factors that only other phases move."""
@@ -193,10 +221,6 @@ class Footprint:
         state: NDArray[np.int64] = kept - trace.optimizer
         state[0] = 0
         return state
-
-
-def _key(ranks: Ranks) -> object:
-    return ranks if isinstance(ranks, int) else tuple(ranks.items())
 
 
 def _tail(rank: int, total_rank: int) -> int:

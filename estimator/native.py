@@ -19,88 +19,161 @@ from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
+Array = NDArray[np.int64]
+_POINTER = ctypes.POINTER(ctypes.c_int64)
+
 _SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 typedef int64_t i64;
 enum { ROUND = 512, MIB = 1 << 20 };
-typedef struct { i64 address, size, prev, next; int free, small; } Block;
-typedef struct { i64 size, address, block; } Entry;
-typedef struct { Entry *at; i64 count; } Pool;
+typedef int32_t i32;
+typedef struct { i64 address, size; i32 prev, next, free, small; } Block;
+/* Free blocks of one size, the lowest address last. */
+typedef struct { i64 size; i32 count, room, *at; } Bin;
+/* Bins by size. Those beyond count are empty and keep their room. */
+typedef struct { Bin *bins; i32 count, room; } Pool;
 typedef struct {
-    i64 cap, reserved, allocated, peak_reserved, peak_allocated, top, count;
+    i64 cap, reserved, allocated, peak_reserved, peak_allocated, top, refused;
+    i32 count, spare, starved;
     Block *blocks;
     Pool pools[2];
 } State;
 
-static i64 find(const Pool *pool, i64 size, i64 address) {
-    i64 low = 0, high = pool->count;
+/* First bin of at least a size. */
+static i32 find(const Pool *pool, i64 size) {
+    i32 low = 0, high = pool->count;
     while (low < high) {
-        i64 mid = (low + high) / 2;
-        const Entry *e = pool->at + mid;
-        if (e->size < size || (e->size == size && e->address < address)) low = mid + 1;
+        i32 mid = (low + high) / 2;
+        if (pool->bins[mid].size < size) low = mid + 1;
         else high = mid;
     }
     return low;
 }
-static void drop(Pool *pool, i64 place) {
-    memmove(pool->at + place, pool->at + place + 1, (pool->count - place - 1) * sizeof(Entry));
-    pool->count--;
+/* First place in a bin whose address is below; addresses fall. */
+static i32 seek(const State *s, const Bin *bin, i64 address) {
+    i32 low = 0, high = bin->count;
+    while (low < high) {
+        i32 mid = (low + high) / 2;
+        if (s->blocks[bin->at[mid]].address >= address) low = mid + 1;
+        else high = mid;
+    }
+    return low;
 }
-static void put(State *s, i64 block) {
+static void close_bin(Pool *pool, i32 place) {
+    Bin empty = pool->bins[place];
+    memmove(pool->bins + place, pool->bins + place + 1, (pool->count - place - 1) * sizeof(Bin));
+    pool->bins[--pool->count] = empty;
+}
+static Bin *open_bin(State *s, Pool *pool, i32 place, i64 size) {
+    if (pool->count == pool->room) {
+        i32 room = pool->room ? 2 * pool->room : 64;
+        Bin *bins = realloc(pool->bins, room * sizeof(Bin));
+        if (!bins) { s->starved = 1; return 0; }
+        memset(bins + pool->room, 0, (room - pool->room) * sizeof(Bin));
+        pool->bins = bins;
+        pool->room = room;
+    }
+    Bin empty = pool->bins[pool->count];
+    memmove(pool->bins + place + 1, pool->bins + place, (pool->count - place) * sizeof(Bin));
+    empty.size = size;
+    empty.count = 0;
+    pool->bins[place] = empty;
+    pool->count++;
+    return pool->bins + place;
+}
+static void put(State *s, i32 block) {
     Block *b = s->blocks + block;
     Pool *pool = s->pools + b->small;
-    i64 place = find(pool, b->size, b->address);
-    memmove(pool->at + place + 1, pool->at + place, (pool->count - place) * sizeof(Entry));
-    pool->at[place] = (Entry){b->size, b->address, block};
-    pool->count++;
+    i32 place = find(pool, b->size);
+    Bin *bin = pool->bins + place;
+    if (place == pool->count || bin->size != b->size) bin = open_bin(s, pool, place, b->size);
+    if (!bin) return;
+    if (bin->count == bin->room) {
+        i32 room = bin->room ? 2 * bin->room : 16;
+        i32 *at = realloc(bin->at, room * sizeof(i32));
+        if (!at) { s->starved = 1; return; }
+        bin->at = at;
+        bin->room = room;
+    }
+    i32 where = seek(s, bin, b->address);
+    memmove(bin->at + where + 1, bin->at + where, (bin->count - where) * sizeof(i32));
+    bin->at[where] = block;
+    bin->count++;
 }
-static void take(State *s, i64 block) {
+static void take(State *s, i32 block) {
     Block *b = s->blocks + block;
-    drop(s->pools + b->small, find(s->pools + b->small, b->size, b->address));
+    Pool *pool = s->pools + b->small;
+    i32 place = find(pool, b->size);
+    Bin *bin = pool->bins + place;
+    i32 where = seek(s, bin, b->address) - 1;
+    memmove(bin->at + where, bin->at + where + 1, (bin->count - where - 1) * sizeof(i32));
+    if (!--bin->count) close_bin(pool, place);
 }
-static i64 make(State *s, i64 address, i64 size, int small) {
-    s->blocks[s->count] = (Block){address, size, -1, -1, 1, small};
-    return s->count++;
+/* Blocks that are no more are used again, linked by next: what is touched stays in the cache. */
+static i32 make(State *s, i64 address, i64 size, i32 small) {
+    i32 block = s->spare;
+    if (block >= 0) s->spare = s->blocks[block].next;
+    else block = s->count++;
+    s->blocks[block] = (Block){address, size, -1, -1, 1, small};
+    return block;
+}
+static void unmake(State *s, i32 block) {
+    s->blocks[block].next = s->spare;
+    s->spare = block;
+}
+/* Whether a segment fits under the cap; the least total that did not is kept. */
+static int fits(State *s, i64 need) {
+    i64 total = s->reserved + need;
+    if (!s->cap || total <= s->cap) return 1;
+    if (!s->refused || total < s->refused) s->refused = total;
+    return 0;
 }
 static void give_back(State *s) {
     for (int kind = 0; kind < 2; kind++) {
         Pool *pool = s->pools + kind;
-        i64 kept = 0;
-        for (i64 i = 0; i < pool->count; i++) {
-            Block *b = s->blocks + pool->at[i].block;
-            if (b->prev < 0 && b->next < 0) s->reserved -= b->size;
-            else pool->at[kept++] = pool->at[i];
+        for (i32 place = pool->count - 1; place >= 0; place--) {
+            Bin *bin = pool->bins + place;
+            i32 kept = 0;
+            for (i32 i = 0; i < bin->count; i++) {
+                Block *b = s->blocks + bin->at[i];
+                if (b->prev < 0 && b->next < 0) {
+                    s->reserved -= b->size;
+                    unmake(s, bin->at[i]);
+                } else bin->at[kept++] = bin->at[i];
+            }
+            bin->count = kept;
+            if (!kept) close_bin(pool, place);
         }
-        pool->count = kept;
     }
 }
-static i64 segment(State *s, i64 size) {
+static i32 segment(State *s, i64 size) {
     i64 need = size <= MIB ? 2 * MIB
              : size < 10 * MIB ? 20 * MIB : (size + 2 * MIB - 1) / (2 * MIB) * (2 * MIB);
-    if (s->cap && s->reserved + need > s->cap) {
+    if (!fits(s, need)) {
         give_back(s);
-        if (s->reserved + need > s->cap) return -1;
+        if (!fits(s, need)) return -1;
     }
-    i64 block = make(s, s->top, need, size <= MIB);
+    i32 block = make(s, s->top, need, size <= MIB);
     s->top += need;
     s->reserved += need;
     if (s->reserved > s->peak_reserved) s->peak_reserved = s->reserved;
     return block;
 }
-static i64 allocate(State *s, i64 nbytes) {
+static i32 allocate(State *s, i64 nbytes) {
     i64 size = (nbytes + ROUND - 1) / ROUND * ROUND;
-    int small = size <= MIB;
+    i32 small = size <= MIB, block;
     Pool *pool = s->pools + small;
-    i64 place = find(pool, size, -1), block;
+    i32 place = find(pool, size);
     if (place < pool->count) {
-        block = pool->at[place].block;
-        drop(pool, place);
+        Bin *bin = pool->bins + place;
+        block = bin->at[--bin->count];
+        if (!bin->count) close_bin(pool, place);
     } else if ((block = segment(s, size)) < 0) return -1;
     i64 rest = s->blocks[block].size - size;
     if (small ? rest >= ROUND : rest > MIB) {
-        i64 other = make(s, s->blocks[block].address + size, rest, small);
+        i32 other = make(s, s->blocks[block].address + size, rest, small);
         Block *b = s->blocks + block, *o = s->blocks + other;
         o->prev = block;
         o->next = b->next;
@@ -114,82 +187,104 @@ static i64 allocate(State *s, i64 nbytes) {
     if (s->allocated > s->peak_allocated) s->peak_allocated = s->allocated;
     return block;
 }
-static void join(State *s, i64 block, i64 after) {
+static void join(State *s, i32 block, i32 after) {
     Block *b = s->blocks + block, *a = s->blocks + after;
     b->size += a->size;
     b->next = a->next;
     if (a->next >= 0) s->blocks[a->next].prev = block;
+    unmake(s, after);
 }
-static void release(State *s, i64 block) {
+static void release(State *s, i32 block) {
     Block *b = s->blocks + block;
     s->allocated -= b->size;
     b->free = 1;
     if (b->next >= 0 && s->blocks[b->next].free) {
-        i64 after = b->next;
+        i32 after = b->next;
         take(s, after);
         join(s, block, after);
     }
     if (b->prev >= 0 && s->blocks[b->prev].free) {
-        i64 before = b->prev;
+        i32 before = b->prev;
         take(s, before);
         join(s, before, block);
         block = before;
     }
     put(s, block);
 }
-/* 1 = survived, 0 = out of memory, -1 = this process is out of memory. */
-int rankfit_replay(const i64 *sizes, i64 allocations, const i64 *events, i64 count, i64 cap,
-                   i64 *out) {
+/* 1 = survived, 0 = out of memory, -1 = this process is out of memory. Allocation i takes
+   amount[i] * point[column[i]] bytes; resting bytes are there before all else. */
+int rankfit_replay(const i64 *column, const i64 *amount, const i64 *point, i64 allocations,
+                   const i64 *events, i64 count, i64 resting, i64 cap, i64 *out) {
     State s = {0};
-    i64 room = 2 * allocations + 2, survived = 1;
-    i64 *held = malloc((allocations + 1) * sizeof(i64));
+    s.spare = -1;
+    i64 survived = 1;
+    i32 *held = malloc((allocations + 1) * sizeof(i32));
     s.cap = cap;
-    s.blocks = malloc(room * sizeof(Block));
-    for (int kind = 0; kind < 2; kind++) s.pools[kind].at = malloc(room * sizeof(Entry));
-    if (!held || !s.blocks || !s.pools[0].at || !s.pools[1].at) survived = -1;
+    s.blocks = malloc((2 * allocations + 4) * sizeof(Block));
+    if (!held || !s.blocks) survived = -1;
     else for (i64 i = 0; i < allocations; i++) held[i] = -1;
-    for (i64 i = 0; survived == 1 && i < count; i++) {
+    if (survived == 1 && resting > 0 && allocate(&s, resting) < 0) survived = 0;
+    for (i64 i = 0; survived == 1 && !s.starved && i < count; i++) {
         i64 event = events[i];
         if (event < 0) {
             if (held[-1 - event] >= 0) release(&s, held[-1 - event]);
             held[-1 - event] = -1;
-        } else if (sizes[event] > 0) {
-            held[event] = allocate(&s, sizes[event]);
+        } else {
+            i64 size = amount[event] * point[column[event]];
+            if (size <= 0) continue;
+            held[event] = allocate(&s, size);
             if (held[event] < 0) survived = 0;
         }
     }
+    if (s.starved) survived = -1;
     out[0] = s.peak_reserved;
     out[1] = s.peak_allocated;
+    out[2] = s.refused;
     free(held);
     free(s.blocks);
-    free(s.pools[0].at);
-    free(s.pools[1].at);
+    for (int kind = 0; kind < 2; kind++) {
+        for (i32 i = 0; i < s.pools[kind].room; i++) free(s.pools[kind].bins[i].at);
+        free(s.pools[kind].bins);
+    }
     return (int)survived;
 }
 """
 
 
 def native_replay(
-    sizes: NDArray[np.int64], events: NDArray[np.int64], cap_bytes: int | None
-) -> tuple[int, int, bool] | None:
-    """Peaks of reserved and allocated bytes, and whether it survived; None = there is no C code."""
+    column: Array,
+    amount: Array,
+    point: Array,
+    events: Array,
+    resting: int,
+    cap_bytes: int | None,
+) -> tuple[int, int, int, bool] | None:
+    """Peaks of reserved and allocated bytes, least total refused, survived; None = no C code.
+
+    Parameters
+    ----------
+    column, amount, events : Array
+        As in :class:`~rankfit.estimator.trace.Trace`.
+    point : Array
+        Values of the variables.
+    resting : int
+        Bytes that are there before the first event.
+    cap_bytes : int, optional
+        Cap on reserved bytes.
+    """
     library = _library()
     if library is None:
         return None
-    sizes, events = np.ascontiguousarray(sizes), np.ascontiguousarray(events)
-    out = (ctypes.c_int64 * 2)()
-    pointer = ctypes.POINTER(ctypes.c_int64)
+    arrays = [np.ascontiguousarray(each) for each in (column, amount, point, events)]
+    out = (ctypes.c_int64 * 3)()
+    columns, amounts, points, order = (each.ctypes.data_as(_POINTER) for each in arrays)
     survived = library.rankfit_replay(
-        sizes.ctypes.data_as(pointer),
-        ctypes.c_int64(len(sizes)),
-        events.ctypes.data_as(pointer),
-        ctypes.c_int64(len(events)),
-        ctypes.c_int64(cap_bytes or 0),
-        out,
-    )
+        columns, amounts, points, ctypes.c_int64(len(column)), order,
+        ctypes.c_int64(len(events)), ctypes.c_int64(resting), ctypes.c_int64(cap_bytes or 0), out,
+    )  # fmt: skip
     if survived < 0:
         raise MemoryError("no memory for the allocator's replay")
-    return out[0], out[1], bool(survived)
+    return out[0], out[1], out[2], bool(survived)
 
 
 @cache

@@ -8,7 +8,7 @@ from rankfit.adapters.names import Moves
 
 #: What a client does beside plain training: ``prune`` its own rank (HetLoRA), measure ``scores``.
 Extra = Literal["prune", "scores"]
-Binding = Literal["memory", "upload", "download", "cap", "method"]
+Binding = Literal["memory", "upload", "download", "time", "cap", "method"]
 Value = str | int | float | bool | list[str] | list[int]
 
 

@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 
+from rankfit.configs.settings import ConfigError
 from rankfit.estimator.kernels import MATMULS, SCRATCH, aten, kernels
 from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.spec import StepSpec
 from rankfit.estimator.step import Phase, build, meta_batch, run_steps
+
+
+class TraceError(ConfigError):
+    """A model whose training step cannot be traced, or has no closed form in the ranks."""
+
 
 #: Sizes that the calibration decides, in place of a tensor's shape.
 WORKSPACE, SCRATCHPAD = "workspace", "scratch"
@@ -108,7 +114,7 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
     def _value(self, scalar: torch.Tensor) -> bool:
         """Answer ``mask.all()``: True when no batch holds padding."""
         if scalar.dtype != torch.bool:
-            raise ValueError(
+            raise TraceError(
                 f"this model reads a {scalar.dtype} value out of a tensor to decide what it runs; "
                 "the trace has no data to answer with, so its memory cannot be estimated"
             )
@@ -118,13 +124,31 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
 def record(
     spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
 ) -> Recording:
-    """Run the training step of a spec on the meta device at these ranks."""
+    """Run the training step of a spec on the meta device at these ranks.
+
+    Raises
+    ------
+    TraceError
+        If an operator has no implementation for meta tensors, or the model reads a number out of
+        one to decide what it runs.
+    ModelError
+        If the model cannot be built or adapted.
+    """
     model = build(spec, ranks, tail_ranks)
     recorder = Recorder(spec)
     recorder.baseline(model)
     trained = [recorder.index(p) for p in model.parameters() if p.requires_grad]
-    with _collector_paused(), kernels(spec.accelerator), recorder:
-        optimizer = run_steps(spec, model, lambda: meta_batch(spec), recorder.enter)
+    try:
+        with _collector_paused(), kernels(spec.accelerator), recorder:
+            optimizer = run_steps(spec, model, lambda: meta_batch(spec), recorder.enter)
+    except (NotImplementedError, RuntimeError) as error:
+        if not isinstance(error, NotImplementedError) and "fake impl" not in str(error):
+            raise
+        raise TraceError(
+            f"{str(error).splitlines()[0]} The memory of this model cannot be traced: register a "
+            "meta implementation (torch.library.register_fake), or set model.attention=eager if it "
+            "is an attention kernel"
+        ) from error
     state = [
         recorder.index(value)
         for values in optimizer.state.values()

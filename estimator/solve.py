@@ -14,13 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankfit.estimator.record import WORKSPACE, Allocation, Recording, record
+from rankfit.estimator.record import TraceError as TraceError
 from rankfit.estimator.spec import StepSpec
 from rankfit.estimator.step import Phase
 from rankfit.estimator.trace import Array, Trace
-
-
-class TraceError(ValueError):
-    """A model whose training step has no closed form in the ranks."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+import torch
+
 from rankfit.adapters.names import Moves
 from rankfit.estimator.report import Accelerator
+from rankfit.tasks.task import TensorSpec
 
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "sgd"]
@@ -134,3 +137,13 @@ def canonical(config: Mapping[str, object]) -> str:
     """Model config (``config.to_dict()``) as JSON that does not depend on order or version."""
     kept = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
     return json.dumps(kept, sort_keys=True, default=str)
+
+
+def inputs_of(
+    batch: Mapping[str, TensorSpec] | Mapping[str, torch.Tensor],
+) -> tuple[InputSpec, ...]:
+    """Shapes of one sample from a task's ``example_batch``, or from a real batch."""
+    return tuple(
+        InputSpec(name, tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in batch.items()
+    )

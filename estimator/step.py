@@ -86,7 +86,13 @@ def build(
     ModelError
         If a module cannot be adapted or the architecture has no such classifier.
     """
-    config = AutoConfig.for_model(**json.loads(spec.config))
+    try:
+        config = AutoConfig.for_model(**json.loads(spec.config))
+    except ValueError as error:
+        raise models.ModelError(
+            f"the model cannot be built without code of its own: {error}. The estimator knows the "
+            "architectures of transformers alone, with model.trust-remote-code or without it"
+        ) from error
     if spec.checkpointing:
         config.use_cache = False  # as the model does itself, with a warning
     base = models.build_empty(config, spec.kind, attention=spec.attention, precision=spec.precision)

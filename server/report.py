@@ -31,9 +31,12 @@ svg { max-width: 100%; height: auto; } .dropped { color: #b00; }
 {% for plot in plots %}{{ plot }}{% endfor %}
 <h2>Clients</h2>
 <table><tr><th>client</th><th>rank</th><th>rounds</th><th>dropped</th><th>samples</th>
-<th>measured peak MiB</th><th>train s</th></tr>
+<th>expected peak MiB</th><th>measured peak MiB</th><th>kept free MiB</th><th>train s</th></tr>
 {% for c in clients %}<tr><td>{{ c.client }}</td><td>{{ c.ranks }}</td><td>{{ c.rounds }}</td>
-<td>{{ c.dropped }}</td><td>{{ c.samples }}</td><td>{{ "%.1f"|format(c.peak_bytes / mebi) }}</td>
+<td>{{ c.dropped }}</td><td>{{ c.samples }}</td>
+<td>{{ "%.2f"|format(c.expected_bytes / mebi) }}</td>
+<td>{{ "%.2f"|format(c.peak_bytes / mebi) }}</td>
+<td>{{ "%.2f"|format(c.kept_free_bytes / mebi) }}</td>
 <td>{{ "%.1f"|format(c.seconds) }}</td></tr>{% endfor %}</table>
 {% if drops %}<h2>Updates that were dropped</h2>
 <ul>{% for d in drops %}<li class="dropped">round {{ d[0] }}, {{ d[1] }}: {{ d[2] }}</li>

@@ -23,14 +23,19 @@ class Score:
 
 @dataclass(frozen=True)
 class ClientSummary:
-    """One client over a run; bytes, seconds and counts are sums, the peak is the largest."""
+    """One client over a run; bytes, seconds and counts are sums, those of memory the largest.
+
+    ``kept_free_bytes`` is what its kind of device was measured to take above its estimate.
+    """
 
     client: str
     ranks: str
     rounds: int
     dropped: int
     samples: int
+    expected_bytes: int
     peak_bytes: int
+    kept_free_bytes: int
     upload_bytes: int
     download_bytes: int
     seconds: float
@@ -83,7 +88,9 @@ def _client(client: str, lines: Sequence[Line]) -> ClientSummary:
         rounds=len(lines),
         dropped=sum(not line["merged"] for line in lines),
         samples=max(line.get("num-examples", 0) for line in lines),
+        expected_bytes=max(line.get("expected-peak-bytes", 0) for line in lines),
         peak_bytes=max(line.get("peak-memory-bytes", 0) for line in lines),
+        kept_free_bytes=max(line.get("kept-free-bytes", 0) for line in lines),
         upload_bytes=sum(line["upload-bytes"] for line in lines),
         download_bytes=sum(line["download-bytes"] for line in lines),
         seconds=sum(line.get("train-seconds", 0.0) for line in lines),

@@ -10,6 +10,7 @@ from rankfit.estimator.network import link_bytes
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.search import Step
+from rankfit.estimator.work import Pace
 
 #: Shares of the ranks asked for that are tried, from all of them down.
 _SHARES = [1 - 0.05 * i for i in range(20)]
@@ -29,12 +30,15 @@ class Budget:
         What fits at its largest rank in all modules: its micro-batch and checkpointing are kept.
     folded : bool
         Whether a frozen change of the base travels along, of rank up to min(d, k).
+    pace : Pace or None
+        What its rounds were measured to take (None = not measured, or no deadline).
     """
 
     estimator: Estimator
     report: DeviceReport
     plan: Plan
     folded: bool
+    pace: Pace | None = None
 
     def fit(self, ranks: Mapping[str, int]) -> Plan | None:
         """The plan at these ranks, or at the largest share of them that fits; None = nothing does.
@@ -90,11 +94,21 @@ class Budget:
             self.download_bytes(ranks), settings.download_seconds, report.download_mbps
         ):
             return None
+        if not self._in_time(ranks):
+            return None
         whole = set(ranks) == set(self.estimator.spec.targets)
         if not self.folded and whole and set(ranks.values()) == {self.plan.rank}:
             return self.plan
         planned = self._price(ranks, whole)
         return planned if planned.peak_bytes <= self.memory_bytes else None
+
+    def _in_time(self, ranks: Mapping[str, int]) -> bool:
+        """Whether these ranks are trained within ``plan.deadline-seconds``."""
+        deadline = self.estimator.settings.plan.deadline_seconds
+        if self.pace is None or deadline == 0:
+            return True
+        flops = self.estimator.flops(replace(self.plan, ranks=dict(ranks)))
+        return self.pace.seconds(flops) <= deadline
 
     def _price(self, ranks: Mapping[str, int], whole: bool) -> Plan:
         """The plan at ranks, with its expected peak."""

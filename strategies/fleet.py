@@ -12,11 +12,14 @@ from flwr.serverapp import Grid
 from rankfit.configs.seeds import derive
 from rankfit.estimator.report import DeviceReport
 from rankfit.strategies import messages
+from rankfit.strategies.link import Link, measure_link
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two looks for new nodes or replies.
 PAUSE = 0.1
+#: Seconds that a known client has to report again; its last report counts after that.
+RENEWAL = 30.0
 
 
 class FleetError(RuntimeError):
@@ -62,14 +65,25 @@ def exchange(
 
 
 class Fleet:
-    """The devices of a run by client name, asked once each.
+    """The devices of a run by client name, asked when they are first seen and by :meth:`renew`.
 
-    A node that joins late, or comes back under a new id, is asked when it is first seen.
+    A node that joins late, or comes back under a new id, is new.
+
+    Parameters
+    ----------
+    query_timeout : float
+        Seconds for an answer.
+    link_bytes : int
+        Payload that measures the link of a client that declares none, one client after the other
+        so that they do not share the server's (0 = links are not measured).
     """
 
-    def __init__(self, query_timeout: float) -> None:
+    def __init__(self, query_timeout: float, link_bytes: int = 0) -> None:
         self.devices: dict[str, Device] = {}
         self._query_timeout = query_timeout
+        self._link_bytes = link_bytes
+        #: Measured links, by client; None = it could not be measured.
+        self._links: dict[str, Link | None] = {}
         self._asked: dict[int, str] = {}
         self._workers: set[int] = set()
 
@@ -90,6 +104,8 @@ class Fleet:
         ]
         for index, reply in exchange(grid, outgoing, ttl):
             self._admit(fresh[index], reply)
+        if self._link_bytes:
+            self._measure_links(grid)
         for node in fresh:
             if node not in self._asked:
                 log.warning("node %d has not answered the query in %.0f s", node, ttl)
@@ -112,6 +128,64 @@ class Fleet:
                 log.warning("node %d did not end its worker: %s", nodes[position], why)
         if heard < len(nodes):
             log.warning("%d nodes did not hear that the run is over", len(nodes) - heard)
+
+    def _measure_links(self, grid: Grid) -> None:
+        for client, device in self.devices.items():
+            declared = device.report.upload_mbps > 0 and device.report.download_mbps > 0
+            if not declared and client not in self._links:
+                timeout = self._query_timeout
+                link = measure_link(grid, device.node_id, self._link_bytes, timeout)
+                self._links[client] = link
+                self.devices[client] = replace(device, report=self._linked(client, device.report))
+                if link is not None:
+                    log.info(
+                        "client %s: %.1f Mbps up, %.1f down, %.0f ms latency (0: too fast)",
+                        client, link.upload_mbps, link.download_mbps, 1000 * link.latency,
+                    )  # fmt: skip
+
+    def _linked(self, client: str, report: DeviceReport) -> DeviceReport:
+        """The report with the measured link where none is declared."""
+        link = self._links.get(client)
+        if link is None:
+            return report
+        return replace(
+            report,
+            upload_mbps=report.upload_mbps or link.upload_mbps,
+            download_mbps=report.download_mbps or link.download_mbps,
+        )
+
+    def renew(self, grid: Grid, server_round: int, clients: Iterable[str]) -> bool:
+        """Ask known clients again what they have now; say whether any report has changed.
+
+        A simulated CPU device with a declared budget is not asked: its memory is fixed. A client
+        that does not answer in time keeps its last report.
+        """
+        known = [c for c in clients if c in self.devices and _varies(self.devices[c].report)]
+        outgoing = [
+            messages.message(
+                RecordDict(), self.devices[client].node_id, messages.QUERY, server_round, RENEWAL
+            )
+            for client in known
+        ]
+        fresh: dict[str, DeviceReport] = {}
+        for index, reply in exchange(grid, outgoing, min(RENEWAL, self._query_timeout)):
+            report = _read(self.devices[known[index]].node_id, reply)
+            if report is not None:
+                named = replace(report, client=known[index])
+                fresh[known[index]] = self._linked(known[index], named)
+        for client in known:
+            if client not in fresh:
+                log.warning("client %s has not reported again; its last report counts", client)
+        changed = {c: r for c, r in fresh.items() if r != self.devices[c].report}
+        for client, report in changed.items():
+            before = self.devices[client].report
+            self.devices[client] = replace(self.devices[client], report=report)
+            if report.budget_bytes != before.budget_bytes:
+                log.info(
+                    "client %s has %.1f MiB now, %.1f before",
+                    client, report.budget_bytes / 2**20, before.budget_bytes / 2**20,
+                )  # fmt: skip
+        return bool(changed)
 
     def wait(
         self,
@@ -143,13 +217,8 @@ class Fleet:
 
     def _admit(self, node: int, reply: Message) -> None:
         self._asked[node] = ""
-        if reply.has_error():
-            log.warning("node %d gave no device report: %s", node, messages.failure(reply))
-            return
-        try:
-            report = messages.device_report(reply)
-        except ValueError as error:
-            log.warning("node %d gave a device report that cannot be used: %s", node, error)
+        report = _read(node, reply)
+        if report is None:
             return
         if messages.keeps_worker(reply):
             self._workers.add(node)
@@ -161,7 +230,24 @@ class Fleet:
             )  # fmt: skip
             report = replace(report, client=f"{report.client}-{node}")
         self._asked[node] = report.client
-        self.devices[report.client] = Device(node, report)
+        self.devices[report.client] = Device(node, self._linked(report.client, report))
+
+
+def _read(node: int, reply: Message) -> DeviceReport | None:
+    """The report in a reply; None, with a warning, where there is no usable one."""
+    if reply.has_error():
+        log.warning("node %d gave no device report: %s", node, messages.failure(reply))
+        return None
+    try:
+        return messages.device_report(reply)
+    except ValueError as error:
+        log.warning("node %d gave a device report that cannot be used: %s", node, error)
+        return None
+
+
+def _varies(report: DeviceReport) -> bool:
+    """Whether what a device has can differ from one query to the next (docs/devices.md)."""
+    return report.accelerator != "cpu" or report.source != "declared"
 
 
 def sample(clients: Mapping[str, object] | Iterable[str], count: int, seed: int) -> list[str]:

@@ -25,12 +25,13 @@ from rankfit.estimator.plan import Plan
 from rankfit.strategies import messages
 from rankfit.strategies.advance import Advance
 from rankfit.strategies.diagnosis import Diagnosis
-from rankfit.strategies.fleet import Fleet, round_seed, sample, sample_by_weight
+from rankfit.strategies.fleet import Fleet, sample
 from rankfit.strategies.method import Method
-from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
+from rankfit.strategies.outcome import Outcome, spent, summarise, weighted_mean
 from rankfit.strategies.planning import Planner
 from rankfit.strategies.replies import Assignment, BadUpdate, Metrics, read_update
 from rankfit.strategies.scores import ScoreBook
+from rankfit.strategies.selection import Selection
 from rankfit.strategies.start import Share
 
 log = logging.getLogger(__name__)
@@ -93,12 +94,19 @@ class HeterogeneousLora(Strategy):
         self.advance = Advance(settings, method.start.folds)
         #: Figures of the last closed round; see :class:`~rankfit.strategies.diagnosis.Diagnosis`.
         self.diagnostics: dict[str, float] = {}
-        #: Samples of each client, as its updates say.
-        self.samples: dict[str, float] = {}
         self._scorer = scorer
-        self.fleet = Fleet(settings.server.wait_seconds)
-        self.plans: dict[str, Plan] = {}
+        self._selection = Selection(settings, planner)
         self._round: TrainingRound | None = None
+
+    @property
+    def fleet(self) -> Fleet:
+        """The devices and what they report."""
+        return self._selection.fleet
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """Plan of each client that can train."""
+        return self._selection.plans
 
     def prepare(self, grid: Grid, server_round: int) -> None:
         """Wait for enough devices that can train, and plan for all of them.
@@ -108,14 +116,7 @@ class HeterogeneousLora(Strategy):
         FleetError
             If too few clients are there in time.
         """
-        server = self.settings.server
-
-        def ready() -> int:
-            reports = {name: device.report for name, device in self.fleet.devices.items()}
-            self.plans = self.planner.plan_fleet(reports, server_round)
-            return self.planner.able
-
-        self.fleet.wait(grid, server_round, ready, server.min_clients, server.wait_seconds)
+        self._selection.prepare(grid, server_round)
 
     def open_round(self, server_round: int, adapter: Adapter, grid: Grid) -> list[Message]:
         """Plan, sample, and build one message for each sampled client.
@@ -129,7 +130,7 @@ class HeterogeneousLora(Strategy):
         if where == "server" and self.method.allocate.scored(server_round, self.settings):
             self.planner.scores = dict(self._scorer(adapter, server_round))
         self.prepare(grid, server_round)
-        clients = self._sample(round_seed(self.settings.run.seed, server_round))
+        clients = self._selection.draw(grid, server_round)
         sent = self._arrives(adapter)
         folded = self.advance.folded and self._arrives(self.advance.folded)
         diagnosis = Diagnosis(adapter) if self.settings.server.diagnostics else None
@@ -211,7 +212,7 @@ class HeterogeneousLora(Strategy):
         """All that the next rounds depend on beside the adapter and :meth:`tensors`, for JSON."""
         state = self.planner.state()
         if self.settings.server.sampling == "samples":
-            state["samples"] = dict(self.samples)
+            state["samples"] = dict(self._selection.samples)
         return state
 
     def tensors(self) -> dict[str, Tensor]:
@@ -223,7 +224,7 @@ class HeterogeneousLora(Strategy):
     ) -> None:
         """Take over the state of an interrupted run."""
         self.planner.restore(state)
-        self.samples = {c: float(n) for c, n in state.get("samples", {}).items()}
+        self._selection.samples = {c: float(n) for c, n in state.get("samples", {}).items()}
         self.advance.restore(tensors, server_round)
 
     # Flower's interface: the same steps, with the global adapter as an ArrayRecord.
@@ -269,17 +270,6 @@ class HeterogeneousLora(Strategy):
             self.settings.lora.rank, self.settings.lora.scale, self.settings.wire.dtype,
         )  # fmt: skip
 
-    def _sample(self, seed: int) -> list[str]:
-        count = self.settings.server.clients_per_round
-        if self.settings.server.sampling == "uniform":
-            return sample(self.plans, count, seed)
-        # What a client has not reported is learnt from its first update; until then it counts as
-        # the mean of those that are known.
-        reported = {c: self.fleet.devices[c].report.samples for c in self.plans}
-        known = self.samples | {c: n for c, n in reported.items() if n > 0}
-        mean = sum(known.values()) / len(known) if known else 1.0
-        return sample_by_weight({c: known.get(c, mean) for c in self.plans}, count, seed)
-
     def _arrives(self, adapter: Adapter) -> Adapter:
         """An adapter after the wire type's rounding."""
         state = round_trip(adapter.state_dict(), self.settings.wire.dtype)
@@ -311,8 +301,11 @@ class HeterogeneousLora(Strategy):
 
     def _judge(self, current: TrainingRound, assignment: Assignment, reply: Message) -> Outcome:
         if reply.has_error():
-            return _dropped(assignment, messages.failure(reply), {}, 0)
-        metrics = messages.metrics(reply)
+            reason = messages.failure(reply)
+            if "OutOfMemoryError" in reason:  # not even its smallest fall-back fitted
+                self.planner.ran_out(assignment.client, assignment.plan)
+            return _dropped(assignment, reason, {}, 0)
+        metrics: Metrics = messages.metrics(reply)
         arrays = messages.adapter_arrays(reply)
         upload = sum(array.nbytes for array in arrays.values())
         if metrics.get("out-of-memory", 0) > 0:
@@ -326,7 +319,7 @@ class HeterogeneousLora(Strategy):
         try:
             limit, wire = self.settings.server.max_update_norm, self.settings.wire.dtype
             update = read_update(assignment, arrays, metrics, limit, wire)
-            self.samples[assignment.client] = update.weight
+            self._selection.samples[assignment.client] = update.weight
             if self.settings.server.sampling == "samples":
                 # Clients of many samples come more often; they must not count for more as well.
                 update = replace(update, weight=1.0)
@@ -336,9 +329,21 @@ class HeterogeneousLora(Strategy):
         if current.diagnosis is not None:
             current.diagnosis.see(update)
         current.scores.see(metrics)
+        metrics = self._measured(assignment, metrics)
         if metrics.get("pruned", 0) > 0:
             self.planner.pruned(assignment.client, int(metrics["rank-cap"]))
         return replace(_dropped(assignment, "", ScoreBook.without(metrics), upload), merged=True)
+
+    def _measured(self, assignment: Assignment, metrics: Metrics) -> Metrics:
+        """Learn from the measured peak of an update; return its metrics with what was expected."""
+        client, plan = assignment.client, assignment.plan
+        whole = not metrics.get("out-of-memory", 0)
+        if whole and metrics.get("peak-memory-bytes", 0) > 0:
+            self.planner.measured(client, plan, int(metrics["peak-memory-bytes"]))
+        if whole:
+            self.planner.timed(client, plan, *spent(self.settings, metrics))
+        kept = self.planner.kept_free(client)
+        return {**metrics, "expected-peak-bytes": plan.peak_bytes, "kept-free-bytes": kept}
 
     def _current(self) -> TrainingRound:
         if self._round is None:

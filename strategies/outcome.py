@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from rankfit.configs.settings import RunSettings
 from rankfit.strategies.replies import Metrics
 
 
@@ -68,3 +69,10 @@ def weighted_mean(replies: Iterable[Mapping[str, int | float]]) -> dict[str, flo
         key: sum(float(m[key]) * float(m["num-examples"]) for m in usable) / total
         for key in sorted(keys)
     }
+
+
+def spent(settings: RunSettings, metrics: Metrics) -> tuple[float, int]:
+    """Seconds of training and samples trained on in a round, as its metrics say."""
+    held, train = int(metrics["num-examples"]), settings.train
+    examples = train.steps * min(train.batch_size, held) if train.steps else train.epochs * held
+    return float(metrics.get("train-seconds", 0.0)), examples

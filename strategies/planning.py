@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rankfit.adapters.names import Moves
@@ -11,6 +11,7 @@ from rankfit.estimator.correction import Corrections
 from rankfit.estimator.fit import Estimator, NothingFits
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.work import Pace
 from rankfit.strategies.allocation import Choice
 from rankfit.strategies.budget import Budget
 from rankfit.strategies.method import Method, with_tail
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 #: After out of memory, a client is planned with this share of what the failed plan was to take.
 AFTER_FAILURE = 0.95
+#: Plans that are kept for devices of the same kind.
+KEPT = 20_000
 
 #: Settings and the phases of a stage of the run → estimator of plans that hold in each of them.
 Estimators = Callable[[RunSettings, tuple[Moves, ...]], Estimator]
@@ -47,6 +50,8 @@ class Planner:
         #: What kinds of devices were measured to take above their estimates.
         self.corrections = Corrections()
         self._reports: dict[str, DeviceReport] = {}
+        #: What the rounds of each client were measured to take, where there is a deadline.
+        self._paces: dict[str, Pace] = {}
         #: Rank that a client pruned itself to, by its name.
         self._pruned: dict[str, int] = {}
         #: Importance of each module, for methods that ask for it; empty before it is measured.
@@ -55,8 +60,9 @@ class Planner:
         self.refused: dict[str, str] = {}
         #: Clients that could train, whether or not the method gives them anything to do.
         self.able = 0
-        self._fits: dict[tuple[tuple[Moves, ...], DeviceReport], Plan | NothingFits] = {}
+        self._fits: dict[object, Plan | NothingFits] = {}
         self._priced: dict[object, Plan | None] = {}
+        self._last: dict[str, Plan] = {}
 
     def plan_fleet(
         self, reports: Mapping[str, DeviceReport], server_round: int = 1
@@ -75,7 +81,7 @@ class Planner:
         fitted: dict[str, Plan] = {}
         self.refused = {}
         for client, report in limited.items():
-            fit = self._fit(estimator, report)
+            fit = self._fit(estimator, report, self._paces.get(client))
             if isinstance(fit, NothingFits):
                 self.refused[client] = fit.reason
             else:
@@ -86,10 +92,19 @@ class Planner:
         plans = self._spend(estimator, limited, fitted, max(1, server_round))
         if reports and not plans:
             raise self._nobody()
-        return {
-            client: replace(plan, moves=stage.moves, extras=self._extras(server_round))
+        extras = self._extras(server_round)
+        self._last = {
+            client: self._steady(client, replace(plan, moves=stage.moves, extras=extras))
             for client, plan in plans.items()
         }
+        return dict(self._last)
+
+    def _steady(self, client: str, plan: Plan) -> Plan:
+        """The client's last plan where only its budget has changed since: free memory flickers."""
+        last = self._last.get(client)
+        if last is None or replace(plan, budget_bytes=last.budget_bytes) != last:
+            return plan
+        return last
 
     def _spend(
         self,
@@ -110,7 +125,8 @@ class Planner:
             wanted = {module: rank for module, rank in ranks.items() if rank > 0}
             if not wanted:
                 continue
-            plan = self._priced_at(estimator, reports[client], fitted[client], wanted)
+            pace = self._paces.get(client)
+            plan = self._priced_at(estimator, reports[client], fitted[client], wanted, pace)
             if plan is None:
                 self.refused[client] = self._unaffordable(estimator, fitted[client])
             else:
@@ -134,6 +150,31 @@ class Planner:
         if client in self._reports:
             self.corrections.learn(self._reports[client], plan.peak_bytes, peak_bytes)
 
+    def timed(self, client: str, plan: Plan, seconds: float, examples: int) -> None:
+        """Learn a client's pace from the training time of a round; for ``plan.deadline-seconds``.
+
+        The mean with what was known, so that one slow round does not decide alone.
+
+        Parameters
+        ----------
+        examples : int
+            Samples trained on, repetitions included.
+        """
+        if not self._settings.plan.deadline_seconds or seconds <= 0 or examples <= 0:
+            return
+        estimator = self._estimator(("both",) if plan.moves == "both" else (plan.moves,))
+        pace = Pace(examples * estimator.flops(plan) / seconds, examples)
+        known = self._paces.get(client)
+        if known is not None:
+            mean = (pace.flops_per_second + known.flops_per_second) / 2
+            pace = Pace(mean, examples)
+        self._paces[client] = pace
+
+    def kept_free(self, client: str) -> int:
+        """Bytes kept free for a client beside its estimate, as its kind of device was measured."""
+        report = self._reports.get(client)
+        return 0 if report is None else self.corrections.extra_bytes(report)
+
     def pruned(self, client: str, rank: int) -> None:
         """Plan at most at the rank that a client pruned itself to."""
         self._pruned[client] = min(rank, self._pruned.get(client, rank))
@@ -143,6 +184,8 @@ class Planner:
         learnt: dict[str, Any] = {"ceilings": dict(self._ceilings)}
         if self.corrections.state():
             learnt["corrections"] = self.corrections.state()
+        if self._paces:
+            learnt["paces"] = {client: asdict(pace) for client, pace in self._paces.items()}
         if self._pruned:
             learnt["pruned"] = dict(self._pruned)
         if self.scores:
@@ -153,6 +196,7 @@ class Planner:
         """Take over what an interrupted run had learnt."""
         self._ceilings = {client: int(value) for client, value in state.get("ceilings", {}).items()}
         self.corrections.restore(state.get("corrections", {}))
+        self._paces = {client: Pace(**pace) for client, pace in state.get("paces", {}).items()}
         self._pruned = {client: int(rank) for client, rank in state.get("pruned", {}).items()}
         self.scores = {module: float(score) for module, score in state.get("scores", {}).items()}
 
@@ -177,22 +221,31 @@ class Planner:
         free = max(0, free - self.corrections.extra_bytes(report))
         return report if free == budget else replace(report, free_bytes=free)
 
-    def _fit(self, estimator: Estimator, report: DeviceReport) -> Plan | NothingFits:
+    def _fit(
+        self, estimator: Estimator, report: DeviceReport, pace: Pace | None
+    ) -> Plan | NothingFits:
         # Devices of one kind share a plan: ten thousand of them cost as much as one.
-        key = (estimator.phases, _kind(report))
+        kind = _kind(report)
+        key = (estimator.phases, kind, pace)
         if key not in self._fits:
-            fit = estimator.fit(key[1])
+            if len(self._fits) >= KEPT:  # free memory and pace differ from round to round
+                self._fits.clear()
+            fit = estimator.fit(kind, pace=pace)
             found = (
-                fit if isinstance(fit, NothingFits) else self._tailed(estimator, key[1], fit.plan)
+                fit
+                if isinstance(fit, NothingFits)
+                else self._tailed(estimator, kind, fit.plan, pace)
             )
             self._fits[key] = found
         return self._fits[key]
 
-    def _tailed(self, estimator: Estimator, report: DeviceReport, plan: Plan) -> Plan:
+    def _tailed(
+        self, estimator: Estimator, report: DeviceReport, plan: Plan, pace: Pace | None
+    ) -> Plan:
         """The plan with a tail, where the method brings one and it costs no trained rank."""
         if plan.tail_rank or not self._method.start.brings_tail:
             return plan
-        fit = self._estimator(estimator.phases, tail=True).fit(report)
+        fit = self._estimator(estimator.phases, tail=True).fit(report, pace=pace)
         if isinstance(fit, NothingFits):
             return plan
         same = replace(
@@ -201,12 +254,19 @@ class Planner:
         return fit.plan if same == plan else plan
 
     def _priced_at(
-        self, estimator: Estimator, report: DeviceReport, plan: Plan, ranks: Mapping[str, int]
+        self,
+        estimator: Estimator,
+        report: DeviceReport,
+        plan: Plan,
+        ranks: Mapping[str, int],
+        pace: Pace | None,
     ) -> Plan | None:
         kind = _kind(report)
-        key = (estimator.phases, kind, tuple(sorted(ranks.items())))
+        key = (estimator.phases, kind, pace, tuple(sorted(ranks.items())))
         if key not in self._priced:
-            budget = Budget(estimator, kind, plan, self._method.start.folds)
+            if len(self._priced) >= KEPT:
+                self._priced.clear()
+            budget = Budget(estimator, kind, plan, self._method.start.folds, pace)
             self._priced[key] = budget.fit(ranks)
         return self._priced[key]
 

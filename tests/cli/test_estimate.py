@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from rankfit.cli.estimate import latex, read_fleet
@@ -74,5 +75,49 @@ def test_a_bad_fleet_file_is_named(tmp_path: Path, text: str, message: str):
         read_fleet(path)
 
 
+def test_the_reason_of_each_step_of_the_search_is_shown():
+    text = run("estimate", "quickstart", "--memory-mib", "2.5")
+    assert "micro-batch 32: the least rank needs" in text and "too much" in text
+    (record,) = json.loads(run("estimate", "quickstart", "--memory-mib", "2.5", "--format", "json"))
+    assert record["rejected"][0]["step"] == "micro-batch 32"
+    assert record["rejected"][0]["needs-bytes"] > record["budget-bytes"] >= record["peak-bytes"]
+    nothing = run("estimate", "quickstart", "--memory-mib", "0.2")
+    assert "Nothing that is allowed fits: needs" in nothing.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quickstart", "--memory-mib", "-1"), "memory-mib is -1"),
+        (("quickstart", "--memory-mib", "0"), "memory-mib is 0"),
+        (("quickstart", "lora.targets=nothing", "--memory-mib", "5"), "nothing"),
+        (("quickstart", "model.precision=fp8", "--memory-mib", "5"), "model.precision"),
+        (("no/such-model", "--memory-mib", "5"), "no/such-model"),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_clear_error(arguments: tuple[str, ...], message: str):
+    result = CliRunner().invoke(app, ["estimate", *arguments])
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+
+
 def test_latex_escapes():
     assert r"a\_b & 50\% \\" in latex(("x", "y"), [("a_b", "50%")])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_calibrate_without_a_gpu_says_so_and_shows_the_terms(tmp_path: Path):
+    out = tmp_path / "calibration.toml"
+    result = CliRunner().invoke(app, ["calibrate", "--out", str(out), "--format", "json"])
+    assert result.exit_code == 1 and not out.exists()
+    assert "No GPU is here" in result.output and "cublas-workspace-sm90" in result.output
+
+
+def test_a_profile_of_terms_changes_the_estimate(tmp_path: Path):
+    profile = tmp_path / "own.toml"
+    profile.write_text("[terms.cuda-context]\nvalue = 0\n")
+    device = ("--memory-mib", "1024", "--compute-capability", "9.0", "--format", "json")
+    plain, changed = (
+        json.loads(run("estimate", "quickstart", *extra, *device))[0]["peak-bytes"]
+        for extra in ((), (f"plan.calibration={profile}",))
+    )
+    assert plain - changed == 470 * 2**20

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import BertConfig, PreTrainedConfig, ViTConfig
 
 from rankfit.estimator.calibration import Calibration
+from rankfit.estimator.components import real_batch, real_step
 from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.record import WORKSPACE, record
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.spec import InputSpec, StepSpec, canonical
-from rankfit.estimator.step import build, run_steps
+from rankfit.estimator.step import run_steps
 from rankfit.tasks import models
 
 MIB = 2**20
@@ -95,28 +95,10 @@ def real_peak(
     cap_bytes: int | None = None,
 ) -> int:
     """Peak of live bytes of the same step on real CPU tensors."""
-    model = build(spec, ranks, tail_ranks).to_empty(device="cpu")
-    model.base_model.model.tie_weights()  # to_empty unties them
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
-        for buffer in model.buffers():
-            buffer.zero_()
+    model = real_step(spec, ranks, tail_ranks)
     with LiveMemory(cap_bytes=cap_bytes).baseline(model) as live:
-        run_steps(spec, model, lambda: _real_batch(spec))
+        run_steps(spec, model, lambda: real_batch(spec))
     return live.peak
-
-
-def _real_batch(spec: StepSpec) -> dict[str, torch.Tensor]:
-    batch = {
-        item.name: torch.zeros((spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype))
-        for item in spec.inputs
-    }
-    if "attention_mask" in batch:
-        batch["attention_mask"][:] = 1
-        if spec.padded:
-            batch["attention_mask"][0, -3:] = 0
-    return batch
 
 
 def device(mib: float, accelerator: str = "cpu", **changes: Any) -> DeviceReport:

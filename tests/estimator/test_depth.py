@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfit.estimator import native
-from rankfit.estimator.allocator import replay, replay_fast
+from rankfit.estimator.allocator import Replay, replay, replay_fast
 from rankfit.estimator.depth import depth_of, place_of, shallow, solve_deep
 from rankfit.estimator.solve import StepFamily, solve
 from rankfit.estimator.store import TraceStore
@@ -115,8 +115,36 @@ def test_the_replay_in_c_equals_the_one_in_python(sizes, random, cap_mib):
         while live and random.random() < 0.5:
             events.append(-1 - live.pop(random.randrange(len(live))))
     cap = None if cap_mib is None else cap_mib * MIB
-    fast = replay_fast(np.array(sizes, dtype=np.int64), np.array(events, dtype=np.int64), cap)
+    fast = in_c(sizes, events, cap)
     assert fast == replay(sizes, events, cap)
+
+
+def in_c(sizes: list[int], events: list[int], cap: int | None) -> Replay:
+    amount = np.array(sizes, dtype=np.int64)
+    column, point = np.zeros_like(amount), np.ones(1, dtype=np.int64)
+    return replay_fast(column, amount, point, np.array(events, dtype=np.int64), 0, cap)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes_of, st.randoms(use_true_random=False), st.integers(1, 200))
+def test_a_replay_holds_for_every_cap_of_its_range(sizes, random, cap_mib):
+    """What lets a fleet share replays: under the other caps the very same peaks come out."""
+    events: list[int] = []
+    live: list[int] = []
+    for index in range(len(sizes)):
+        events.append(index)
+        live.append(index)
+        while live and random.random() < 0.5:
+            events.append(-1 - live.pop(random.randrange(len(live))))
+    cap = cap_mib * MIB
+    found = replay(sizes, events, cap)
+    assert found.holds_under(cap)
+    last = found.refused - 1 if found.refused else found.reserved + 7 * MIB
+    for other in {found.reserved, last, (found.reserved + last) // 2} - {0}:
+        assert found.holds_under(other) and replay(sizes, events, other) == found
+    if found.refused:
+        assert not found.holds_under(found.refused)
+        assert replay(sizes, events, found.refused) != found
 
 
 def test_without_a_compiler_the_replay_runs_in_python(monkeypatch, tmp_path):
@@ -124,7 +152,7 @@ def test_without_a_compiler_the_replay_runs_in_python(monkeypatch, tmp_path):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     native._library.cache_clear()
     try:
-        assert native.native_replay(np.array([1]), np.array([0]), None) is None
-        assert replay_fast(np.array([5 * MIB]), np.array([0])).reserved == 20 * MIB
+        assert native.native_replay(*[np.array([1])] * 3, np.array([0]), 0, None) is None
+        assert in_c([5 * MIB], [0], None).reserved == 20 * MIB
     finally:
         native._library.cache_clear()
