@@ -36,9 +36,9 @@ from rankfit.estimator.plan import Plan
 from rankfit.tasks.adapted import (
     checkpointing,
     chunks,
+    learnt,
     load_adapter,
     place,
-    predict,
     read_state,
     train_only,
 )
@@ -132,17 +132,23 @@ def fall_back(plan: Plan) -> Plan | None:
 def evaluate(
     workspace: Workspace, adapter: Adapter, samples: NDArray[np.int64]
 ) -> dict[str, float]:
-    """Metrics of an adapter on the client's own test samples."""
+    """Metrics of an adapter on the client's own test samples.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    if not len(samples):
+        raise ValueError("this client has no test samples: give its data a test part")
     settings = workspace.settings
     model = inject(
         workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=workspace.heads
     )
     try:
         load_adapter(model, adapter)
-        size = settings.server.evaluate_batch_size
-        batches = (workspace.task.test.collate(part) for part in chunks(samples.tolist(), size))
-        logits, labels = predict(model, batches, workspace.device)
-        return workspace.task.metrics(logits, labels)
+        size, task = settings.server.evaluate_batch_size, workspace.task
+        return task.evaluate(model, task.test, samples.tolist(), workspace.device, size)
     finally:
         eject(model)
 
@@ -240,19 +246,25 @@ def _fit(
     rate, loss_of = learning_rate(settings, job.round), _loss(workspace, job)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, trained, rate))
     model.train()
+    called = torch.compile(model, backend=settings.train.compile) if settings.train.compile else model
     meter = meter_of(workspace.device, job.cap_bytes, model, optimizer)
     loss_sum, seen, steps = 0.0, 0, 0
     for batch in _batches(settings, job):
         # Encoded before the step: what the data set itself holds is no memory of the step.
         waiting = [workspace.task.train.collate(part) for part in chunks(batch, plan.micro_batch)]
         waiting.reverse()
+        counts = [learnt(inputs["labels"]) for inputs in waiting]
+        total = sum(counts)
         with meter.step():
             while waiting:
-                inputs = place(waiting.pop(), workspace.base, workspace.device)
+                inputs, count = waiting.pop(), counts.pop()
+                if not count:
+                    continue  # a row whose answers were all cut off: a mean over nothing
+                inputs = place(inputs, workspace.base, workspace.device)
                 meter.see(inputs)
-                count = len(inputs["labels"])
-                loss = loss_of(model, inputs)
-                accelerator.backward(loss * (count / len(batch)))
+                with autocast(settings, workspace.device):
+                    loss = loss_of(called, inputs)
+                accelerator.backward(loss * (count / total))
                 loss_sum += float(loss.detach()) * count
                 del loss, inputs
             add_all(penalties)
@@ -260,14 +272,21 @@ def _fit(
                 accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        seen, steps = seen + len(batch), steps + 1
+        seen, steps = seen + total, steps + 1
     return {
         "num-examples": len(job.samples),
-        "train-loss": loss_sum / seen,
+        "train-loss": loss_sum / max(1, seen),
         "steps": steps,
         "learning-rate": rate,
         "peak-memory-bytes": meter.peak(),
     }
+
+
+def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
+    """The forward pass in ``train.autocast``; the backward pass follows it."""
+    return torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=settings.train.autocast == "bf16"
+    )
 
 
 def make_optimizer(

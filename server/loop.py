@@ -33,7 +33,7 @@ from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
 from rankfit.strategies.planning import Planner
 from rankfit.tasks.adapted import head_tensors, target_shapes
 from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import fingerprint, head_modules, load_base, target_modules
+from rankfit.tasks.models import fingerprint, load_base, shared_heads, target_modules
 from rankfit.tasks.partition import partition
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def build(settings: RunSettings) -> Federation:
         partition(task.train.labels, settings, settings.simulation.clients)
     base = load_base(settings, task.labels)
     targets = target_modules(base, settings.lora.targets)
-    heads = head_modules(base) if settings.head.mode == "trained" else ()
+    heads = shared_heads(base, settings.head)
     shapes = target_shapes(base, targets, settings.lora.rank)
     traces, inputs = TraceCache(), inputs_of(task.example_batch(1))
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankfit.configs.settings import split_list
+from rankfit.configs.settings import Head, split_list
 from rankfit.tasks.sources import ModelError
 
 #: Names of the attention's query and value projections, in the order they are looked for. PEFT's
@@ -60,6 +60,35 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
         for name, module in model.named_children()
         if name != model.base_model_prefix and next(module.parameters(), None) is not None
     )
+
+
+def whole_modules(model: PreTrainedModel, head: Head) -> tuple[str, ...]:
+    """Modules that a client trains whole beside its adapter: ``head.modules``, or the head.
+
+    Raises
+    ------
+    ModelError
+        If a name is no module of the model.
+    """
+    if head.mode == "frozen":
+        return ()
+    named = split_list(head.modules)
+    if not named:
+        return head_modules(model)
+    present = dict(model.named_modules())
+    for name in named:
+        if name not in present:
+            children = ", ".join(child for child, _ in model.named_children())
+            raise ModelError(
+                f"head.modules {name!r} is no module of {type(model).__name__}; its own are "
+                f"{children}"
+            )
+    return named
+
+
+def shared_heads(model: PreTrainedModel, head: Head) -> tuple[str, ...]:
+    """Those of them that travel and are averaged: none where every client keeps its own."""
+    return whole_modules(model, head) if head.mode == "trained" else ()
 
 
 def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
