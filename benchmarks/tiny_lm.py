@@ -15,7 +15,12 @@ CHAT = (
 
 
 def save_tokenizer(
-    folder: Path, texts: Iterable[str], vocabulary: int = 512, *, pad: bool = True, chat: bool = True
+    folder: Path,
+    texts: Iterable[str],
+    vocabulary: int = 512,
+    *,
+    pad: bool = True,
+    chat: bool = True,
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on texts and save it; it opens each text with ``<s>``, like Llama's."""
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *(["<pad>"] if pad else [])]

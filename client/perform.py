@@ -40,6 +40,7 @@ def _train(workspace: Workspace, request: Request) -> Answer:
         adapter=_adapter(request),
         samples=workspace.samples(request.partition, request.partitions),
         cap_bytes=request.cap_bytes,
+        own_head=workspace.head_store(request.partition),
     )
     trained = trainer.train(workspace, job)
     return Answer(encode(trained.state, workspace.settings.wire.dtype), trained.metrics)
@@ -47,7 +48,9 @@ def _train(workspace: Workspace, request: Request) -> Answer:
 
 def _evaluate(workspace: Workspace, request: Request) -> Answer:
     samples = workspace.test_samples(request.partition, request.partitions)
-    metrics = trainer.evaluate(workspace, _adapter(request), samples)
+    store = workspace.head_store(request.partition)
+    head = store and store.load(cast(int, request.plan["round"]) + 1)
+    metrics = trainer.evaluate(workspace, _adapter(request), samples, head)
     return Answer(metrics={"num-examples": len(samples), **metrics})
 
 

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rankfit.adapters.state import Adapter
+from rankfit.client.heads import HeadStore
 from rankfit.client.losses import Loss, plain, prior_adjusted
 from rankfit.client.meters import meter_of
 from rankfit.client.penalties import (
@@ -36,6 +37,7 @@ from rankfit.estimator.plan import Plan
 from rankfit.tasks.adapted import (
     checkpointing,
     chunks,
+    head_tensors,
     learnt,
     load_adapter,
     place,
@@ -67,6 +69,8 @@ class Job:
         Indices into the training split.
     cap_bytes : int or None
         Memory that the process must not exceed: a declared budget is enforced (None = none is).
+    own_head : HeadStore or None
+        Where the client keeps a head of its own.
     """
 
     client: str
@@ -75,6 +79,7 @@ class Job:
     adapter: Adapter
     samples: NDArray[np.int64]
     cap_bytes: int | None
+    own_head: HeadStore | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +135,12 @@ def fall_back(plan: Plan) -> Plan | None:
 
 
 def evaluate(
-    workspace: Workspace, adapter: Adapter, samples: NDArray[np.int64]
+    workspace: Workspace,
+    adapter: Adapter,
+    samples: NDArray[np.int64],
+    own_head: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Metrics of an adapter on the client's own test samples.
+    """Metrics of an adapter on the client's own test samples, under its own head if it has one.
 
     Raises
     ------
@@ -142,8 +150,11 @@ def evaluate(
     if not len(samples):
         raise ValueError("this client has no test samples: give its data a test part")
     settings = workspace.settings
-    model = inject(
-        workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=workspace.heads
+    heads = workspace.heads
+    if own_head is not None:
+        adapter, heads = replace(adapter, head=own_head), workspace.own_heads
+    model = inject(workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=heads).to(
+        workspace.device
     )
     try:
         load_adapter(model, adapter)
@@ -160,13 +171,17 @@ def _attempt(
     settings = workspace.settings
     given = job.adapter.cut(plan.ranks)
     tail = job.adapter.rest(plan.ranks) if plan.tail_rank else None
+    travels = set(given.moving(plan.moves))
+    if job.own_head is not None:
+        own = job.own_head.load(job.round) or head_tensors(workspace.base, workspace.own_heads)
+        given = replace(given, head=own)
     torch.manual_seed(derive(settings.run.seed, "train", job.round, job.client))
     model = inject(
         workspace.base,
         plan.ranks,
         scale=given.scale,
         dropout=settings.lora.dropout,
-        heads=workspace.heads,
+        heads=(*workspace.heads, *workspace.own_heads),
         tail_ranks=tail.ranks if tail else None,
     ).to(workspace.device)
     try:
@@ -181,8 +196,10 @@ def _attempt(
         penalties = [*_proximal(settings, given, parameters), *decay]
         with checkpointing(workspace.base, plan.checkpointing):
             metrics = _fit(workspace, job, plan, model, penalties)
-        wanted = set(given.moving(plan.moves))
-        state = {n: t.detach().cpu().clone() for n, t in read_state(model).items() if n in wanted}
+        trained = {n: t.detach().cpu().clone() for n, t in read_state(model).items()}
+        state = {n: t for n, t in trained.items() if n in travels}
+        if job.own_head is not None:
+            job.own_head.save(job.round, Adapter.from_state_dict(trained, given.scale).head)
         if any(term.prunes() for term in decay):
             metrics |= {"pruned": 1, "rank-cap": decay[0].keep}
             state = cut_state(state, decay[0].keep)
@@ -246,7 +263,9 @@ def _fit(
     rate, loss_of = learning_rate(settings, job.round), _loss(workspace, job)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, trained, rate))
     model.train()
-    called = torch.compile(model, backend=settings.train.compile) if settings.train.compile else model
+    called = (
+        torch.compile(model, backend=settings.train.compile) if settings.train.compile else model
+    )
     meter = meter_of(workspace.device, job.cap_bytes, model, optimizer)
     loss_sum, seen, steps = 0.0, 0, 0
     for batch in _batches(settings, job):

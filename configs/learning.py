@@ -119,6 +119,9 @@ class Partition(Table):
     #: ``natural``: column whose values (hospitals, users) stay together.
     column: str = ""
     min_samples: Count = 10
+    #: Where clients evaluate, the part of a common test set that each measures on: one like the
+    #: others' (``even``), or one with the classes of its own training part (``alike``).
+    test: Literal["even", "alike"] = "even"
 
     @model_validator(mode="after")
     def _column(self) -> Self:

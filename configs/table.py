@@ -25,6 +25,7 @@ def split_numbers(text: str, key: str) -> tuple[float, ...]:
 
 
 def kebab(name: str) -> str:
+    """Write a field's name as the run config does."""
     return name.replace("_", "-")
 
 
@@ -42,5 +43,3 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-

@@ -170,7 +170,9 @@ class Estimator:
         )
         return cls(
             spec,
-            Payload.of(base, targets, models.shared_heads(base, settings.head), settings.wire.dtype),
+            Payload.of(
+                base, targets, models.shared_heads(base, settings.head), settings.wire.dtype
+            ),
             settings,
             phases=phases,
             can_checkpoint=bool(base.supports_gradient_checkpointing),

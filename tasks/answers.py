@@ -213,7 +213,10 @@ def log_likelihoods(
 def _token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Negative log-likelihood of every token but the first, (b, t - 1), float32."""
     return cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none", ignore_index=IGNORED
+        logits[:, :-1].float().transpose(1, 2),
+        tokens[:, 1:],
+        reduction="none",
+        ignore_index=IGNORED,
     )
 
 

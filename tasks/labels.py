@@ -83,7 +83,9 @@ def assign(raw: Raw, names: Sequence[str], *, skip: bool = False) -> NDArray[np.
                 continue
             expected = f"one of {', '.join(list(ids)[:8])}{' …' if len(ids) > 8 else ''}"
         if not skip:
-            raise DataError(f"data {raw.origin}: row {row} has label {label!r}; expected {expected}")
+            raise DataError(
+                f"data {raw.origin}: row {row} has label {label!r}; expected {expected}"
+            )
         result[row] = -1
     return result
 

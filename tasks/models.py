@@ -98,9 +98,7 @@ def load_config(
     source = resolve_source(model.source)
     config = _read_config(model, source)
     config.num_labels = labels
-    config.problem_type = (
-        "regression" if problem == "regression" else "single_label_classification"
-    )
+    config.problem_type = "regression" if problem == "regression" else "single_label_classification"
     # Keys and values are of use to generation alone, which asks for them itself.
     if "use_cache" in config.to_dict():
         config.use_cache = False

@@ -167,7 +167,7 @@ class Oracle(torch.nn.Module):
 
     def _answer(self, prompt: str) -> str:
         instruction = prompt.split("### Instruction:\n")[1].split("\n\n### Response:\n")[0]
-        known = {text: answer for text, answer in RECORDS.values()}
+        known = dict(RECORDS.values())
         return self._rule(known[instruction], choices_of(instruction))
 
     def generate(self, input_ids, attention_mask, generation_config):
