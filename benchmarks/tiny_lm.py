@@ -1,4 +1,4 @@
-"""A small Llama with a tokenizer of its own, made offline from a few texts: for tests and figures."""
+"""A small Llama with a tokenizer of its own, made offline from texts: for tests and figures."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +22,7 @@ def save_tokenizer(
     pad: bool = True,
     chat: bool = True,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on texts and save it; it opens each text with ``<s>``, like Llama's."""
+    """Train a byte-level BPE on texts and save it; like Llama's it opens each text with ``<s>``."""
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *(["<pad>"] if pad else [])]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -32,16 +32,6 @@ class Holdings:
     labels: NDArray[np.int64]
     class_names: Sequence[str]
 
-    @classmethod
-    def of(
-        cls,
-        parts: Sequence[NDArray[np.int64]],
-        labels: NDArray[np.int64],
-        class_names: Sequence[str],
-    ) -> "Holdings":
-        """Take what the partition gave."""
-        return cls(parts, labels, class_names)
-
     def counts(self) -> NDArray[np.int64]:
         """Examples by client and class, (clients, classes)."""
         first = int(self.labels.min(initial=0))
@@ -87,5 +77,6 @@ class Holdings:
         axes.set_xlabel("training examples")
         axes.set_ylabel("partition")
         axes.invert_yaxis()
-        figure.legend(loc="outside right upper", fontsize="small")
+        if len(names) > 1:
+            figure.legend(loc="outside right upper", fontsize="small")
         figure.savefig(file)

@@ -103,7 +103,7 @@ def build(settings: RunSettings) -> Federation:
     holdings = None
     if settings.partition.kind != "local":
         parts = partition_of(task.train.examples, settings, settings.simulation.clients)
-        holdings = Holdings.of(parts, task.train.labels, task.class_names)
+        holdings = Holdings(parts, task.train.labels, task.class_names)
     base = load_base(settings, task.labels)
     targets = target_modules(base, settings.lora.targets)
     heads = shared_heads(base, settings.head)
