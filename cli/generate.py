@@ -29,7 +29,8 @@ def generate(
     task = saved.task
     assert isinstance(task, LanguageTask)
     evaluator = saved.evaluator()
-    model = evaluator.hold(saved.adapter).eval()
+    model = evaluator.hold(saved.adapter)
+    model.train(False)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     tokens = task.encoder.question(text, task.room)
     (answer,) = write(

@@ -49,7 +49,7 @@ def _train(workspace: Workspace, request: Request) -> Answer:
 def _evaluate(workspace: Workspace, request: Request) -> Answer:
     samples = workspace.test_samples(request.partition, request.partitions)
     store = workspace.head_store(request.partition)
-    head = store and store.load(cast(int, request.plan["round"]) + 1)
+    head = store.load(cast(int, request.plan["round"]) + 1) if store else None
     metrics = trainer.evaluate(workspace, _adapter(request), samples, head)
     return Answer(metrics={"num-examples": len(samples), **metrics})
 

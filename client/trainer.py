@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -207,6 +208,8 @@ def _attempt(
     finally:
         eject(model)
         workspace.base.eval()
+        if settings.train.compile:
+            torch.compiler.reset()  # or the compiled step would keep this adapter's modules
 
 
 def _scores(workspace: Workspace, job: Job, model: PeftModel) -> dict[str, float]:
@@ -263,9 +266,9 @@ def _fit(
     rate, loss_of = learning_rate(settings, job.round), _loss(workspace, job)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, trained, rate))
     model.train()
-    called = (
-        torch.compile(model, backend=settings.train.compile) if settings.train.compile else model
-    )
+    called = model
+    if settings.train.compile:
+        called = cast(nn.Module, torch.compile(model, backend=settings.train.compile))
     meter = meter_of(workspace.device, job.cap_bytes, model, optimizer)
     loss_sum, seen, steps = 0.0, 0, 0
     for batch in _batches(settings, job):

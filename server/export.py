@@ -106,9 +106,9 @@ def _write_merged(run: SavedRun, folder: Path, head: Adapter | None) -> None:
 
 
 def _merge(peft: PeftModel) -> PreTrainedModel:
-    merged: PreTrainedModel = peft.merge_and_unload()  # type: ignore[operator]
-    dtype = merged.dtype
-    return merged.to(dtype)  # type: ignore[arg-type,return-value]
+    merged: PreTrainedModel = peft.merge_and_unload()
+    merged.to(merged.dtype)  # the head was trained in float32
+    return merged
 
 
 def _save_model(run: SavedRun, model: PreTrainedModel, folder: Path) -> None:

@@ -31,7 +31,23 @@ from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import build
 from tests.tasks.test_commonsense import RECORDS, record
 
-WORDS = "the party shall pay a fee to this agreement and no other law may hold".split()
+WORDS = [
+    "the",
+    "party",
+    "shall",
+    "pay",
+    "a",
+    "fee",
+    "to",
+    "this",
+    "agreement",
+    "and",
+    "no",
+    "other",
+    "law",
+    "may",
+    "hold",
+]
 
 
 def _cifar100(root: Path) -> None:

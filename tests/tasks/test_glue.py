@@ -47,7 +47,22 @@ PLAIN = {"accuracy", "macro-f1", "micro-f1"}
 def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("glue")
     generator = np.random.default_rng(0)
-    words = "a good film was seen by many people who liked it very much indeed".split()
+    words = [
+        "a",
+        "good",
+        "film",
+        "was",
+        "seen",
+        "by",
+        "many",
+        "people",
+        "who",
+        "liked",
+        "it",
+        "very",
+        "much",
+        "indeed",
+    ]
     for task, (columns, classes, test) in LAYOUT.items():
         (root / "data" / task).mkdir(parents=True)
         for split, count in (("train", SIZES.get(task, 4000)), (test, 40)):
