@@ -87,7 +87,7 @@ def commonsense(data: Path, work: Path) -> Case:
             "task.kind=causal-lm", "task.suite=commonsense", "task.evaluate=likelihood",
             f"model.source={folder}", f"data.source={data}", "data.train=commonsense_train",
             "data.test=commonsense_test", "data.label-column=task", "data.max-length=192",
-            "data.train-samples=4000", "data.test-samples=900", "lora.targets=all-linear",
+            "data.train-samples=3000", "data.test-samples=600", "lora.targets=all-linear",
             "lora.rank=8", "lora.alpha=16.0", "train.learning-rate=3e-3", "train.batch-size=16",
             "run.rounds=10", "server.evaluate-every=5", "server.evaluate-batch-size=64",
             "fleet.upload-mbps=1.2, 2.4, 8", "plan.upload-seconds=0.5", *_TEN,
