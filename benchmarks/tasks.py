@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.tasks --data FOLDER --work FOLDER [CASE…]`` runs the cases through Flower's
 simulation (``rankfit run``), trains LoRA of the global rank centrally on as many samples, and
-writes ``benchmarks/results/tasks.json``; cases that are not asked for keep their figures. ``--data``
-is a folder with ``text/``, ``image/`` and ``commonsense/`` (parquet); ``--vit`` what
+writes ``benchmarks/results/tasks.json``; cases that are not asked for keep their figures.
+``--data`` is a folder with ``text/``, ``image/`` and ``commonsense/`` (parquet); ``--vit`` what
 ``benchmarks/pretrain_vit.py`` wrote.
 """
 

@@ -55,13 +55,17 @@ class Workspace:
         """The frozen base model on the training device."""
         began = time.monotonic()
         base = load_base(self.settings, self.task.labels)
-        if self.settings.model.quantization == "none":  # a quantised one lies where it was loaded
+        if not self._quantized:  # such a one lies where it was loaded, and cannot be moved
             base = cast(PreTrainedModel, base.to(self.device))
         log.info(
             "base model %s loaded on %s in %.2f s",
             self.settings.model.source, self.device, time.monotonic() - began,
         )  # fmt: skip
         return base
+
+    @property
+    def _quantized(self) -> bool:
+        return self.settings.model.quantization != "none"
 
     @cached_property
     def device(self) -> torch.device:
@@ -96,12 +100,12 @@ class Workspace:
 
     def park(self) -> None:
         """Move the base to host memory, so that another process can have the device's."""
-        if "base" in self.__dict__ and self.device.type != "cpu":
+        if "base" in self.__dict__ and self.device.type != "cpu" and not self._quantized:
             self.base.to("cpu")
 
     def unpark(self) -> None:
         """Bring the base back to the training device."""
-        if "base" in self.__dict__:
+        if "base" in self.__dict__ and not self._quantized:
             self.base.to(self.device)
 
     def open_device(self) -> None:

@@ -67,7 +67,8 @@ class Lora(Table):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 16.0
     scaling: Literal["classic", "rslora"] = "classic"
-    #: Comma-separated module names, ``all-linear``, or ``default`` (PEFT's for the architecture).
+    #: Comma-separated module names, ``re:EXPRESSION``, ``all-linear``, or ``default`` (the
+    #: attention's query and value).
     targets: str = "default"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

@@ -1,5 +1,6 @@
 """Which modules of a base model take an adapter, and which are its head."""
 
+import re
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -100,12 +101,13 @@ def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
         A base model, with or without weights.
     targets
         ``default`` (the attention's query and value projections), ``all-linear`` (all but the
-        head), or comma-separated ends of names.
+        head), comma-separated ends of names, or ``re:`` and a regular expression that whole names
+        must match.
 
     Raises
     ------
     ModelError
-        If a name matches nothing; it lists the Linear modules that there are.
+        If a name or expression matches nothing, or is no expression; it lists the Linear modules.
     """
     heads = head_modules(model)
     output = model.get_output_embeddings()
@@ -118,6 +120,14 @@ def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
         chosen = linear
     elif targets == "default":
         chosen = _query_value(linear)
+    elif targets.startswith("re:"):
+        try:
+            expression = re.compile(targets.removeprefix("re:"))
+        except re.error as error:
+            raise ModelError(
+                f"lora.targets {targets!r} is no regular expression: {error}"
+            ) from error
+        chosen = [name for name in linear if expression.fullmatch(name)]
     else:
         ends = split_list(targets)
         for end in ends:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -254,8 +255,6 @@ def test_another_architecture_learns_and_scores_its_modules(tmp_path: Path) -> N
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
-    import numpy as np
-
     scores = fisher_scores(peft, task.train, np.arange(2), torch.device("cpu"))
     assert set(scores) == set(targets) and all(score > 0 for score in scores.values())
 
@@ -272,3 +271,14 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             from_flat(flat)  # type: ignore[arg-type]
+
+
+def test_targets_by_regular_expression(model_folder: Path) -> None:
+    base = load_base(settings_for(model_folder, Path(".")), 2)
+    found = target_modules(base, r"re:model\.layers\.1\..*(q|v)_proj")
+    assert found == ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
+    assert set(target_modules(base, "re:.*")) == set(target_modules(base, "all-linear"))
+    with pytest.raises(ModelError, match="matches no Linear module"):
+        target_modules(base, "re:q_proj")  # a whole name must match
+    with pytest.raises(ModelError, match="no regular expression"):
+        target_modules(base, "re:(")
