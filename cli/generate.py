@@ -1,5 +1,6 @@
 """``rankfit generate``: what a language model that was trained in a run writes."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -29,9 +30,8 @@ def generate(
     task = saved.task
     assert isinstance(task, LanguageTask)
     evaluator = saved.evaluator()
-    model = evaluator.hold(saved.adapter)
-    model.train(False)
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    model = evaluator.hold(saved.adapter).eval()
+    text = sys.stdin.read() if prompt == "-" else prompt
     tokens = task.encoder.question(text, task.room)
     (answer,) = write(
         model,

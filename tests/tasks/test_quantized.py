@@ -68,7 +68,7 @@ def test_adapters_train_on_a_quantised_base(root: Path, kind: str) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in update.state.values())
     trained = Adapter.from_state_dict(update.state, 1.0)
     assert evaluate(space, trained, rows)["loss"] < first - 0.1
-    # Not the stored bytes: on a CPU, bitsandbytes packs them anew for inference, whose products round.
+    # Not the stored bytes: on a CPU, bitsandbytes packs them anew for inference, and rounds.
     with torch.no_grad():
         after = space.base(**space.task.train.collate(range(8))).logits
     assert torch.allclose(after, before, atol=0.02)
