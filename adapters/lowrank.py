@@ -31,7 +31,7 @@ SMALL = 320
 #: The cost model, in flops of a float32 product, measured on one core (only the size matters): one
 #: flop in float64; the strongest eigenvectors of an (n, n) matrix, by n³; the small decompositions
 #: of a half-step; and the half-steps that usually suffice.
-DOUBLE_FLOPS, EIGEN_FLOPS, STEP_FLOPS, USUAL_HALF_STEPS = 2.0, 8.5, 8e8, 6
+DOUBLE_FLOPS, EIGEN_FLOPS, STEP_FLOPS, USUAL_HALF_STEPS = 2.0, 8.5, 1.4e9, 6
 
 
 def strongest(

@@ -14,10 +14,15 @@ from rankfit import __version__
 from rankfit.cli import api, estimate, node
 from rankfit.cli.calibrate import calibrate
 from rankfit.cli.compare import compare
+from rankfit.cli.evaluate import evaluate
+from rankfit.cli.export import export
 from rankfit.cli.flower import FlowerError
+from rankfit.cli.generate import generate
 from rankfit.cli.memory_report import memory_report
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError, to_flat
+from rankfit.tasks.raw import DataError
+from rankfit.tasks.sources import ModelError
 
 app = typer.Typer(
     add_completion=False,
@@ -31,6 +36,9 @@ app.command()(estimate.probe)
 app.command()(estimate.estimate)
 app.command()(calibrate)
 app.command("memory-report")(memory_report)
+app.command()(evaluate)
+app.command()(export)
+app.command()(generate)
 _errors = Console(stderr=True)
 
 Parts = Annotated[
@@ -109,9 +117,9 @@ def main() -> None:
     logging.basicConfig(level=os.environ.get("RANKFIT_LOG", "WARNING"))
     try:
         app()
-    except (ConfigError, FlowerError) as error:
+    except (ConfigError, FlowerError, DataError, ModelError) as error:
         _errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(1 if isinstance(error, FlowerError) else 2)
 
 
 if __name__ == "__main__":

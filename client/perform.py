@@ -43,6 +43,7 @@ def _train(workspace: Workspace, request: Request) -> Answer:
         adapter=_adapter(request),
         samples=workspace.samples(request.partition, request.partitions),
         cap_bytes=request.cap_bytes,
+        own_head=workspace.head_store(request.partition),
     )
     trained = trainer.train(workspace, job)
     settings = workspace.settings
@@ -56,7 +57,9 @@ def _train(workspace: Workspace, request: Request) -> Answer:
 
 def _evaluate(workspace: Workspace, request: Request) -> Answer:
     samples = workspace.test_samples(request.partition, request.partitions)
-    metrics = trainer.evaluate(workspace, _adapter(request), samples)
+    store = workspace.head_store(request.partition)
+    head = store.load(cast(int, request.plan["round"]) + 1) if store else None
+    metrics = trainer.evaluate(workspace, _adapter(request), samples, head)
     return Answer(metrics={"num-examples": len(samples), **metrics})
 
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rankfit.adapters.state import Adapter
+from rankfit.client.heads import HeadStore
 from rankfit.client.losses import Loss, plain, prior_adjusted
 from rankfit.client.meters import meter_of
 from rankfit.client.penalties import (
@@ -36,9 +38,10 @@ from rankfit.estimator.plan import Plan
 from rankfit.tasks.adapted import (
     checkpointing,
     chunks,
+    head_tensors,
+    learnt,
     load_adapter,
     place,
-    predict,
     read_state,
     train_only,
 )
@@ -67,6 +70,8 @@ class Job:
         Indices into the training split.
     cap_bytes : int or None
         Memory that the process must not exceed: a declared budget is enforced (None = none is).
+    own_head : HeadStore or None
+        Where the client keeps a head of its own.
     """
 
     client: str
@@ -75,6 +80,7 @@ class Job:
     adapter: Adapter
     samples: NDArray[np.int64]
     cap_bytes: int | None
+    own_head: HeadStore | None = None
 
 
 @dataclass(frozen=True)
@@ -130,19 +136,31 @@ def fall_back(plan: Plan) -> Plan | None:
 
 
 def evaluate(
-    workspace: Workspace, adapter: Adapter, samples: NDArray[np.int64]
+    workspace: Workspace,
+    adapter: Adapter,
+    samples: NDArray[np.int64],
+    own_head: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Metrics of an adapter on the client's own test samples."""
+    """Metrics of an adapter on the client's own test samples, under its own head if it has one.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    if not len(samples):
+        raise ValueError("this client has no test samples: give its data a test part")
     settings = workspace.settings
-    model = inject(
-        workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=workspace.heads
+    heads = workspace.heads
+    if own_head is not None:
+        adapter, heads = replace(adapter, head=own_head), workspace.own_heads
+    model = inject(workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=heads).to(
+        workspace.device
     )
     try:
         load_adapter(model, adapter)
-        size = settings.server.evaluate_batch_size
-        batches = (workspace.task.test.collate(part) for part in chunks(samples.tolist(), size))
-        logits, labels = predict(model, batches, workspace.device)
-        return workspace.task.metrics(logits, labels)
+        size, task = settings.server.evaluate_batch_size, workspace.task
+        return task.evaluate(model, task.test, samples.tolist(), workspace.device, size)
     finally:
         eject(model)
 
@@ -154,13 +172,17 @@ def _attempt(
     settings = workspace.settings
     given = job.adapter.cut(plan.ranks)
     tail = job.adapter.rest(plan.ranks) if plan.tail_rank else None
+    travels = set(given.moving(plan.moves))
+    if job.own_head is not None:
+        own = job.own_head.load(job.round) or head_tensors(workspace.base, workspace.own_heads)
+        given = replace(given, head=own)
     torch.manual_seed(derive(settings.run.seed, "train", job.round, job.client))
     model = inject(
         workspace.base,
         plan.ranks,
         scale=given.scale,
         dropout=settings.lora.dropout,
-        heads=workspace.heads,
+        heads=(*workspace.heads, *workspace.own_heads),
         tail_ranks=tail.ranks if tail else None,
     ).to(workspace.device)
     try:
@@ -175,8 +197,10 @@ def _attempt(
         penalties = [*_proximal(settings, given, parameters), *decay]
         with checkpointing(workspace.base, plan.checkpointing):
             metrics = _fit(workspace, job, plan, model, penalties)
-        wanted = set(given.moving(plan.moves))
-        state = {n: t.detach().cpu().clone() for n, t in read_state(model).items() if n in wanted}
+        trained = {n: t.detach().cpu().clone() for n, t in read_state(model).items()}
+        state = {n: t for n, t in trained.items() if n in travels}
+        if job.own_head is not None:
+            job.own_head.save(job.round, Adapter.from_state_dict(trained, given.scale).head)
         if any(term.prunes() for term in decay):
             metrics |= {"pruned": 1, "rank-cap": decay[0].keep}
             state = cut_state(state, decay[0].keep)
@@ -184,6 +208,8 @@ def _attempt(
     finally:
         eject(model)
         workspace.base.eval()
+        if settings.train.compile:
+            torch.compiler.reset()  # or the compiled step would keep this adapter's modules
 
 
 def _scores(workspace: Workspace, job: Job, model: PeftModel) -> dict[str, float]:
@@ -240,19 +266,27 @@ def _fit(
     rate, loss_of = learning_rate(settings, job.round), _loss(workspace, job)
     model, optimizer = accelerator.prepare(model, make_optimizer(settings, trained, rate))
     model.train()
+    called = model
+    if settings.train.compile:
+        called = cast(nn.Module, torch.compile(model, backend=settings.train.compile))
     meter = meter_of(workspace.device, job.cap_bytes, model, optimizer)
     loss_sum, seen, steps = 0.0, 0, 0
     for batch in _batches(settings, job):
         # Encoded before the step: what the data set itself holds is no memory of the step.
         waiting = [workspace.task.train.collate(part) for part in chunks(batch, plan.micro_batch)]
         waiting.reverse()
+        counts = [learnt(inputs["labels"]) for inputs in waiting]
+        total = sum(counts)
         with meter.step():
             while waiting:
-                inputs = place(waiting.pop(), workspace.base, workspace.device)
+                inputs, count = waiting.pop(), counts.pop()
+                if not count:
+                    continue  # a row whose answers were all cut off: a mean over nothing
+                inputs = place(inputs, workspace.base, workspace.device)
                 meter.see(inputs)
-                count = len(inputs["labels"])
-                loss = loss_of(model, inputs)
-                accelerator.backward(loss * (count / len(batch)))
+                with autocast(settings, workspace.device):
+                    loss = loss_of(called, inputs)
+                accelerator.backward(loss * (count / total))
                 loss_sum += float(loss.detach()) * count
                 del loss, inputs
             add_all(penalties)
@@ -260,14 +294,21 @@ def _fit(
                 accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        seen, steps = seen + len(batch), steps + 1
+        seen, steps = seen + total, steps + 1
     return {
         "num-examples": len(job.samples),
-        "train-loss": loss_sum / seen,
+        "train-loss": loss_sum / max(1, seen),
         "steps": steps,
         "learning-rate": rate,
         "peak-memory-bytes": meter.peak(),
     }
+
+
+def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
+    """The forward pass in ``train.autocast``; the backward pass follows it."""
+    return torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=settings.train.autocast == "bf16"
+    )
 
 
 def make_optimizer(

@@ -8,16 +8,18 @@ import logging
 import time
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from rankfit.client.heads import HeadStore
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import fingerprint, head_modules, load_base
-from rankfit.tasks.partition import partition
+from rankfit.tasks.models import fingerprint, load_base, shared_heads, whole_modules
+from rankfit.tasks.partition import alike, partition_of
 from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -52,12 +54,18 @@ class Workspace:
     def base(self) -> PreTrainedModel:
         """The frozen base model on the training device."""
         began = time.monotonic()
-        base: PreTrainedModel = load_base(self.settings, self.task.labels).to(self.device)
+        base = load_base(self.settings, self.task.labels)
+        if not self._quantized:  # such a one lies where it was loaded, and cannot be moved
+            base = cast(PreTrainedModel, base.to(self.device))
         log.info(
             "base model %s loaded on %s in %.2f s",
             self.settings.model.source, self.device, time.monotonic() - began,
         )  # fmt: skip
         return base
+
+    @property
+    def _quantized(self) -> bool:
+        return self.settings.model.quantization != "none"
 
     @cached_property
     def device(self) -> torch.device:
@@ -66,8 +74,20 @@ class Workspace:
 
     @cached_property
     def heads(self) -> tuple[str, ...]:
-        """Modules that are trained whole."""
-        return head_modules(self.base) if self.settings.head.mode == "trained" else ()
+        """Modules that are trained whole and travel."""
+        return shared_heads(self.base, self.settings.head)
+
+    @cached_property
+    def own_heads(self) -> tuple[str, ...]:
+        """Modules that are trained whole and stay with the client."""
+        local = self.settings.head.mode == "local"
+        return whole_modules(self.base, self.settings.head) if local else ()
+
+    def head_store(self, partition_id: int | None) -> HeadStore | None:
+        """Where a client's own heads are; None where it has none."""
+        if self.settings.head.mode != "local":
+            return None
+        return HeadStore.of(self.settings, partition_id, self.data_path)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -80,12 +100,12 @@ class Workspace:
 
     def park(self) -> None:
         """Move the base to host memory, so that another process can have the device's."""
-        if "base" in self.__dict__ and self.device.type != "cpu":
+        if "base" in self.__dict__ and self.device.type != "cpu" and not self._quantized:
             self.base.to("cpu")
 
     def unpark(self) -> None:
         """Bring the base back to the training device."""
-        if "base" in self.__dict__:
+        if "base" in self.__dict__ and not self._quantized:
             self.base.to(self.device)
 
     def open_device(self) -> None:
@@ -128,16 +148,23 @@ class Workspace:
         if partition_id is None or self.settings.partition.kind == "local":
             return np.arange(len(self.task.train))
         if partitions not in self._partitions:
-            self._partitions[partitions] = partition(
-                self.task.train.labels, self.settings, partitions
+            self._partitions[partitions] = partition_of(
+                self.task.train.examples, self.settings, partitions
             )
         return self._partitions[partitions][partition_id]
 
     def test_samples(self, partition_id: int | None, partitions: int) -> NDArray[np.int64]:
-        """Indices into the test split that this client measures on: its own, or an equal share."""
+        """Indices into the test split that this client measures on: all of its own, or a share.
+
+        The share is like the others', or, as ``partition.test`` says, like its training part.
+        """
         everything = np.arange(len(self.task.test))
         if partition_id is None or self.settings.partition.kind == "local":
             return everything
+        if self.settings.partition.test == "alike":
+            self.samples(partition_id, partitions)
+            parts = self._partitions[partitions]
+            return alike(self.task.train.labels, parts, self.task.test.labels)[partition_id]
         return everything[partition_id::partitions]
 
 

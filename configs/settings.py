@@ -9,52 +9,44 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rankfit.configs.learning import Data, Head, Model, Partition, Task, Train
+from rankfit.configs.table import (
+    Count,
+    Fraction,
+    NonNegative,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    Table,
+    kebab,
+    split_list,
+    split_numbers,
+)
+
+__all__ = [
+    "ConfigError",
+    "Data",
+    "Head",
+    "Model",
+    "Partition",
+    "RunSettings",
+    "Scalar",
+    "Task",
+    "Train",
+    "from_flat",
+    "known_keys",
+    "split_list",
+    "split_numbers",
+    "to_flat",
+]
 
 Scalar = str | int | float | bool
 
 
 class ConfigError(ValueError):
     """A setting that is unknown or has a value that cannot be used."""
-
-
-def split_list(text: str) -> tuple[str, ...]:
-    """Split comma-separated text; blanks around items and empty items are dropped."""
-    return tuple(item.strip() for item in text.split(",") if item.strip())
-
-
-def split_numbers(text: str, key: str) -> tuple[float, ...]:
-    """Split comma-separated numbers.
-
-    Raises
-    ------
-    ValueError
-        If an item is not a number.
-    """
-    try:
-        return tuple(float(item) for item in split_list(text))
-    except ValueError as error:
-        raise ValueError(f"{key}: expected comma-separated numbers, got {text!r}") from error
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class Table(BaseModel):
-    """One table of the run config; frozen, unknown keys refused, keys in kebab-case."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True
-    )
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Run(Table):
@@ -69,65 +61,14 @@ class Run(Table):
     resume: bool = False
 
 
-class Task(Table):
-    """What is learnt."""
-
-    kind: Literal["image-classification", "text-classification"] = "image-classification"
-
-
-class Model(Table):
-    """The base model.
-
-    ``source`` is ``builtin:font-vit``, ``package:NAME/SUBFOLDER`` (inside an installed Python
-    package), ``config:FILE.json`` (random weights from a config), a local folder, or a hub id.
-    """
-
-    source: str = "builtin:font-vit"
-    revision: str = "main"
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    trust_remote_code: bool = False
-
-
-class Data(Table):
-    """The data set: ``sklearn:digits``, a local file or folder, or a hub id."""
-
-    source: str = "sklearn:digits"
-    #: Hub configuration name ("" = default).
-    name: str = ""
-    #: Split name on the hub, or file pattern under ``source`` when it is a local folder.
-    train: str = "train"
-    test: str = "test"
-    #: "" = the task's default (image: ``image`` or ``img``; text: ``text``).
-    input_column: str = ""
-    label_column: str = "label"
-    #: Comma-separated names of the classes in the order of their ids ("" = as found in the data).
-    #: Nodes that hold files of their own need it unless the files name the classes (ClassLabel).
-    class_names: str = ""
-    #: Keep only the first N classes (0 = all).
-    classes: Count = 0
-    #: Share held out for evaluation when there is no test split.
-    test_fraction: Fraction = 0.25
-    #: Tokens per text.
-    max_length: PositiveInt = 128
-
-
-class Partition(Table):
-    """How one data set is dealt to simulated clients; ``local`` = each node's own files."""
-
-    kind: Literal["iid", "dirichlet", "pathological", "local"] = "iid"
-    alpha: PositiveFloat = 0.3
-    classes_per_client: PositiveInt = 2
-    min_samples: Count = 10
-
-
 class Lora(Table):
     """The global adapter; one scale, alpha / rank or alpha / sqrt(rank), for all clients."""
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 16.0
     scaling: Literal["classic", "rslora"] = "classic"
-    #: Comma-separated module names, ``all-linear``, or ``default`` (PEFT's for the architecture).
+    #: Comma-separated module names, ``re:EXPRESSION``, ``all-linear``, or ``default`` (the
+    #: attention's query and value).
     targets: str = "default"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -135,44 +76,6 @@ class Lora(Table):
     def scale(self) -> float:
         """Multiplier of B·A, the same for every client whatever its rank."""
         return self.alpha / (self.rank if self.scaling == "classic" else self.rank**0.5)
-
-
-class Head(Table):
-    """The classification head: trained and averaged beside the adapters, or frozen as it starts."""
-
-    mode: Literal["trained", "frozen"] = "trained"
-
-
-class Train(Table):
-    """Local training of one client in one round."""
-
-    batch_size: PositiveInt = 32
-    epochs: PositiveInt = 1
-    #: Optimizer steps per round (0 = whole epochs).
-    steps: Count = 0
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: NonNegative = 0.0
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    gradient_checkpointing: bool = False
-    #: Intra-op CPU threads per client process.
-    threads: PositiveInt = 1
-    #: Learning rate over the rounds: see :mod:`rankfit.configs.rates`.
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
-    #: Rounds that the schedule spans (0 = ``run.rounds``, also when that is raised on a resume).
-    schedule_rounds: Count = 0
-    #: Rounds over which the rate first rises to ``learning-rate``.
-    schedule_warm_up: Count = 0
-    #: Rate at the end of ``linear`` and ``cosine``, as a share of ``learning-rate``.
-    schedule_floor: Share = 0.0
-    #: ``step``: the rate is multiplied by the factor every so many rounds.
-    schedule_step: PositiveInt = 50
-    schedule_factor: Fraction = 0.5
-    #: FedProx: μ of the proximal term μ/2·‖θ − θ⁰‖² (0 = none).
-    proximal: NonNegative = 0.0
-    #: Weight τ of log prior(label) of the client's own data, added to the logits in training
-    #: (0 = plain cross entropy).
-    label_prior: NonNegative = 0.0
 
 
 class Method(Table):
@@ -241,9 +144,9 @@ class Fleet(Table):
     def _numbers(self) -> Self:
         for key in ("memory_mib", "upload_mbps", "download_mbps"):
             if any(
-                value <= 0 for value in split_numbers(getattr(self, key), f"fleet.{_kebab(key)}")
+                value <= 0 for value in split_numbers(getattr(self, key), f"fleet.{kebab(key)}")
             ):
-                raise ValueError(f"fleet.{_kebab(key)}: every figure must be above 0")
+                raise ValueError(f"fleet.{kebab(key)}: every figure must be above 0")
         return self
 
 
@@ -331,6 +234,20 @@ class RunSettings(Table):
     server: Server = Server()
     client: Client = Client()
     simulation: Simulation = Simulation()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        classifies = self.task.kind != "causal-lm" and self.task.problem == "classification"
+        if self.train.label_prior and not classifies:
+            raise ValueError(
+                f"train.label-prior {self.train.label_prior}: only a classifier has a label prior; "
+                "set it to 0"
+            )
+        if self.head.mode == "local" and self.head.modules == "" and self.task.kind == "causal-lm":
+            raise ValueError(
+                "head.mode local: a language model has no classifier; name head.modules (lm_head)"
+            )
+        return self
 
 
 def known_keys() -> dict[str, Scalar]:

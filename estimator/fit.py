@@ -123,7 +123,7 @@ class Estimator:
             precision=settings.model.precision,
         )
         targets = models.target_modules(base, settings.lora.targets)
-        heads = models.head_modules(base) if settings.head.mode == "trained" else ()
+        heads = models.whole_modules(base, settings.head)
         spec = StepSpec(
             config=canonical(config.to_dict()),
             kind=kind,
@@ -141,7 +141,9 @@ class Estimator:
         )
         return cls(
             spec,
-            Payload.of(base, targets, heads, settings.wire.dtype),
+            Payload.of(
+                base, targets, models.shared_heads(base, settings.head), settings.wire.dtype
+            ),
             settings,
             phases=phases,
             can_checkpoint=bool(base.supports_gradient_checkpointing),

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from rankfit.adapters.state import Adapter
 from rankfit.configs.settings import RunSettings
-from rankfit.tasks.adapted import chunks, load_adapter, predict
+from rankfit.tasks.adapted import load_adapter
 from rankfit.tasks.models import eject, inject
-from rankfit.tasks.task import Task
+from rankfit.tasks.task import Split, Task
 
 
 class Evaluator:
@@ -39,11 +39,13 @@ class Evaluator:
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
         """Metrics of a global adapter, of whatever ranks, on the whole test split."""
+        return self.on(adapter, self._task.test)
+
+    def on(self, adapter: Adapter, split: Split) -> dict[str, float]:
+        """Metrics of a global adapter on a whole split."""
         model = self.hold(adapter)
-        everything = range(len(self._task.test))
-        batches = (self._task.test.collate(i) for i in chunks(everything, self._batch_size))
-        logits, labels = predict(model, batches, self.device)
-        return self._task.metrics(logits, labels)
+        rows = range(len(split))
+        return self._task.evaluate(model, split, rows, self.device, self._batch_size)
 
     def hold(self, adapter: Adapter) -> PeftModel:
         """The base with an adapter in it; made anew only when the ranks differ from the last."""

@@ -20,6 +20,7 @@ from rankfit.estimator.plan import Plan
 from rankfit.estimator.tracer import TraceCache
 from rankfit.server import tables
 from rankfit.server.evaluation import Evaluator
+from rankfit.server.holdings import Holdings
 from rankfit.server.importance import Importance
 from rankfit.server.logs import console
 from rankfit.server.report import write_report
@@ -33,8 +34,8 @@ from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
 from rankfit.strategies.planning import Planner
 from rankfit.tasks.adapted import head_tensors, target_shapes
 from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import fingerprint, head_modules, load_base, target_modules
-from rankfit.tasks.partition import partition
+from rankfit.tasks.models import fingerprint, load_base, shared_heads, target_modules
+from rankfit.tasks.partition import partition_of
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Federation:
     evaluator: Evaluator
     start: Adapter
     heads: tuple[str, ...]
+    holdings: Holdings | None
 
 
 def federate(grid: Grid, settings: RunSettings) -> Adapter:
@@ -80,6 +82,8 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
     strategy.summary()
     strategy.prepare(grid, 0)  # a fleet that cannot train is refused before anything is written
     directory.create()
+    if federation.holdings is not None:
+        federation.holdings.save(directory.path)
     if checkpoint is None:
         checkpoint = _round_zero(federation)
     adapter, first = checkpoint.adapter, checkpoint.round + 1
@@ -106,11 +110,13 @@ def build(settings: RunSettings) -> Federation:
     method = configured(find(settings.method.name), settings)
     directory = RunDirectory(settings)
     task = load_task(settings)
+    holdings = None
     if settings.partition.kind != "local":
-        partition(task.train.labels, settings, settings.simulation.clients)
+        parts = partition_of(task.train.examples, settings, settings.simulation.clients)
+        holdings = Holdings(parts, task.train.labels, task.class_names)
     base = load_base(settings, task.labels)
     targets = target_modules(base, settings.lora.targets)
-    heads = head_modules(base) if settings.head.mode == "trained" else ()
+    heads = shared_heads(base, settings.head)
     shapes = target_shapes(base, targets, settings.lora.rank)
     traces, inputs = TraceCache(), inputs_of(task.example_batch(1))
 
@@ -129,7 +135,7 @@ def build(settings: RunSettings) -> Federation:
     evaluator = Evaluator(settings, task, base, heads)
     importance = Importance(settings, task, evaluator)
     strategy = HeterogeneousLora(settings, method, planner, own, importance)
-    return Federation(settings, directory, strategy, evaluator, start, heads)
+    return Federation(settings, directory, strategy, evaluator, start, heads, holdings)
 
 
 def play_round(

@@ -35,7 +35,11 @@ STATE = "run_state.json"
 TENSORS = "run_state.safetensors"
 _OWN = "adapter/"
 
-_TASK_TYPES = {"text-classification": "SEQ_CLS", "image-classification": None}
+_TASK_TYPES = {
+    "text-classification": "SEQ_CLS",
+    "image-classification": None,
+    "causal-lm": "CAUSAL_LM",
+}
 
 
 @dataclass(frozen=True)

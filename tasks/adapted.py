@@ -15,6 +15,9 @@ from rankfit.configs.settings import ConfigError
 from rankfit.tasks.inject import TRAINED
 from rankfit.tasks.targets import weight_shape
 
+#: Label of a token that no loss is taken over.
+IGNORED = -100
+
 
 def target_shapes(
     model: PreTrainedModel, targets: Iterable[str], rank: int
@@ -98,6 +101,16 @@ def place(batch: Mapping[str, Tensor], model: nn.Module, device: torch.device) -
         name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
         for name, tensor in batch.items()
     }
+
+
+def learnt(labels: Tensor) -> int:
+    """Count the labels that a batch's mean loss is taken over: tokens, or samples of shape (b,).
+
+    The first token of a row is predicted from nothing, and no loss is taken over it.
+    """
+    if labels.dim() == 2:
+        return int((labels[:, 1:] != IGNORED).sum())
+    return len(labels)
 
 
 @contextmanager

@@ -22,6 +22,10 @@ def load_task(settings: RunSettings, *, data_path: str | None = None) -> "Task":
         from rankfit.tasks.image import ImageTask
 
         return ImageTask(settings, data_path)
+    if settings.task.kind == "causal-lm":
+        from rankfit.tasks.language import LanguageTask
+
+        return LanguageTask(settings, data_path)
     from rankfit.tasks.text import TextTask
 
     return TextTask(settings, data_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfit.configs import settings as config_settings
+from rankfit.configs.settings import split_list
 from rankfit.tasks.raw import DataError, Raw
 
 #: Builder of ``datasets`` by file ending, and its arguments.
@@ -22,11 +23,30 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table holds inputs (the first of these that is there) and labels."""
+    """Where a table holds inputs and labels.
+
+    Attributes
+    ----------
+    inputs : tuple of str
+        The first of these that is there; with ``records`` or ``pairs``, all of them.
+    label : str
+        Column of the labels; with ``records`` it may be absent.
+    images : bool
+        The input is an image.
+    pairs : bool
+        The input is the tuple of the columns.
+    records : bool
+        The input is the whole row, as a dict.
+    group : str
+        Column that a natural partition goes by ("" = none).
+    """
 
     inputs: tuple[str, ...]
     label: str
-    images: bool
+    images: bool = False
+    pairs: bool = False
+    records: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,22 +74,58 @@ def find_part(folder: Path, pattern: str, columns: Columns) -> Raw | None:
 
     A pattern is the name of a file or subfolder, a glob, or a bare split name: ``train`` also
     finds ``train.csv``, ``train-00000-of-00002.parquet`` and, for images, the folder itself when
-    its subfolders are the classes.
+    its subfolders are the classes. Several are separated by commas; each must then match.
     """
+    patterns = split_list(pattern)
+    if len(patterns) > 1:
+        found = [(part, _find_files(folder, part)) for part in patterns]
+        for part, files in found:
+            if not files:
+                raise DataError(f"data folder {str(folder)!r}: nothing matches {part!r}")
+        return _read([file for _, files in found for file in files], f"{folder}", columns)
     endings = [f"{pattern}{end}" for end in _READERS] + [f"{pattern}-*{end}" for end in _READERS]
     for candidate in (pattern, *endings):
-        matches = sorted(folder.glob(candidate))
-        folders = [match for match in matches if match.is_dir()]
+        folders = sorted(match for match in folder.glob(candidate) if match.is_dir())
         if folders and columns.images and _class_folders(folders[0]):
             return _image_folder(folders[0])
-        files = [match for match in matches if match.is_file()]
-        for inside in folders:
-            files += sorted(item for item in inside.iterdir() if item.suffix in _READERS)
-        if files:
-            return read_table(files, f"{folder / pattern}", columns)
+    files = _find_files(folder, pattern)
+    if files:
+        return _read(files, f"{folder / pattern}", columns)
     if columns.images and pattern == "train" and _class_folders(folder):
         return _image_folder(folder)
     return None
+
+
+def _find_files(folder: Path, pattern: str) -> list[Path]:
+    """Tables that the first meaning of a pattern with any gives."""
+    endings = [f"{pattern}{end}" for end in _READERS] + [f"{pattern}-*{end}" for end in _READERS]
+    for candidate in (pattern, *endings):
+        matches = sorted(folder.glob(candidate))
+        files = [match for match in matches if match.is_file()]
+        for inside in matches:
+            if inside.is_dir():
+                files += sorted(item for item in inside.iterdir() if item.suffix in _READERS)
+        if files:
+            return files
+    return []
+
+
+def _read(files: Sequence[Path], origin: str, columns: Columns) -> Raw:
+    """Read files; records of several folders without a label column are labelled by folder.
+
+    That is the layout of LLM-Adapters: ``boolq/test.json``, ``piqa/test.json``.
+    """
+    if not columns.records or len({file.parent for file in files}) == 1:
+        return read_table(files, origin, columns)
+    parts = [read_table([file], str(file), columns) for file in files]
+    inputs = [record for part in parts for record in part.inputs]
+    labels = [
+        str(label) or file.parent.name
+        for file, part in zip(files, parts, strict=True)
+        for label in part.labels
+    ]
+    groups = [value for part in parts for value in part.groups or ()]
+    return Raw(origin, inputs, labels, None, groups or None)
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -169,19 +225,33 @@ def _from_table(table: Any, origin: str, columns: Columns, folder: Path) -> Raw:
     column = next((name for name in columns.inputs if name in present), None)
     if column is None:
         raise _no_column(origin, " or ".join(columns.inputs), present, "data.input-column")
+    if columns.pairs or columns.records:
+        for name in columns.inputs:
+            if name not in present:
+                raise _no_column(origin, name, present, "data.input-column or data.format")
+    if columns.group and columns.group not in present:
+        raise _no_column(origin, columns.group, present, "partition.column")
+    groups = table[columns.group][:] if columns.group else None
     if columns.label not in present:
-        raise _no_column(origin, columns.label, present, "data.label-column")
+        if not columns.records:
+            raise _no_column(origin, columns.label, present, "data.label-column")
+        return Raw(origin, table.to_list(), [""] * len(table), None, groups)
     feature = table.features[columns.label]
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     labels = table[columns.label][:]
+    if columns.records:
+        return Raw(origin, table.to_list(), labels, names, groups)
+    if columns.pairs:
+        inputs = list(zip(*(table[name][:] for name in columns.inputs), strict=True))
+        return Raw(origin, inputs, labels, names, groups)
     if not columns.images:
-        return Raw(origin, table[column][:], labels, names)
+        return Raw(origin, table[column][:], labels, names, groups)
     if table.features[column] in (datasets.Value("string"), datasets.Value("large_string")):
         paths = tuple(folder / path for path in table[column])
-        return Raw(origin, ImageFiles(paths), labels, names)
+        return Raw(origin, ImageFiles(paths), labels, names, groups)
     if not isinstance(table.features[column], datasets.Image):
         table = table.cast_column(column, datasets.Image())
-    return Raw(origin, table[column], labels, names)
+    return Raw(origin, table[column], labels, names, groups)
 
 
 def _no_column(origin: str, wanted: str, present: Sequence[str], key: str) -> DataError:

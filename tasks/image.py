@@ -46,7 +46,7 @@ class PlainProcessor:
     def __call__(self, image: Any) -> Tensor:
         """Encode a PIL image or a float array of shape (h, w) in [0, 1]."""
         if isinstance(image, Image.Image):
-            mode = image.convert("L" if self.channels == 1 else "RGB")
+            mode = _in_mode(image, self.channels)
             pixels = torch.from_numpy(np.array(mode, dtype=np.float32) / 255.0)
         else:
             pixels = torch.from_numpy(np.array(image, dtype=np.float32))
@@ -70,9 +70,25 @@ class ModelProcessor:
         """Encode a PIL image or a float array of shape (h, w) in [0, 1]."""
         if not isinstance(image, Image.Image):
             image = Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8))
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        image = _in_mode(image, self.channels)
         encoded = self.processor(images=[image], return_tensors="pt")
         return torch.as_tensor(encoded["pixel_values"][0], dtype=torch.float32)
+
+
+def _in_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Convert a picture of any mode to grey or RGB.
+
+    Transparent pixels become white. Pillow would clip 16-bit grey at 255: it is scaled instead.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        values = np.array(image, dtype=np.float64)
+        top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0
+        top = 255.0 if image.mode in ("I", "F") and 1 < values.max(initial=0) <= 255 else top
+        image = Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        whole = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def load_processor(model: Model, config: PreTrainedConfig) -> Processor:
@@ -165,7 +181,16 @@ class ImageSplit(Split):
         return {"pixel_values": self._kept[list(rows)]}  # (b, c, h, w), a copy
 
     def _pixels(self, row: int) -> Tensor:
-        pixels = self._processor(self._examples.inputs[row])
+        try:
+            image = self.examples.inputs[row]
+        except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
+            raise DataError(
+                f"image {row} cannot be read: {error} (data.bad-records=skip leaves such images "
+                "out)"
+            ) from error
+        if image is None:
+            raise DataError(f"image {row} is missing (data.bad-records=skip leaves such rows out)")
+        pixels = self._processor(image)
         if tuple(pixels.shape) != self._shape:
             raise DataError(
                 f"image {row} is encoded as {tuple(pixels.shape)}, others as {self._shape}; the "

@@ -5,10 +5,9 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from rankfit.adapters import names
-from rankfit.tasks.adapted import place
+from rankfit.tasks.adapted import learnt, place
 from rankfit.tasks.inject import TRAINED
 from rankfit.tasks.task import Split
 
@@ -38,8 +37,7 @@ def fisher_scores(
             parameter.requires_grad_(True)
         for row in rows:
             batch = place(split.collate([row]), model, device)
-            labels = batch.pop("labels")
-            loss = cross_entropy(model(**batch).logits.float(), labels)  # −log p(y|x)
+            loss = model(**batch).loss * learnt(batch["labels"])  # −log p(y|x), up to a constant
             gradients = torch.autograd.grad(loss, list(factors.values()))
             for name, gradient in zip(factors, gradients, strict=True):
                 sums[name] += float(gradient.double().square().sum())

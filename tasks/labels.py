@@ -22,13 +22,16 @@ def name_classes(settings: RunSettings, train: Raw, test: Raw | None) -> tuple[s
     DataError
         If nodes with their own files could number the classes differently, or labels mix types.
     """
+    if settings.task.problem == "regression":
+        return ()
     declared = split_list(settings.data.class_names) or train.names
     if declared:
         _refuse_short(settings, len(declared))
         return declared
     labels = [*train.labels, *(test.labels if test is not None else ())]
     integers = all(_is_integer(label) for label in labels)
-    if settings.partition.kind == "local" and not (integers and settings.data.classes):
+    numbered = settings.task.kind == "causal-lm" or (integers and settings.data.classes)
+    if settings.partition.kind == "local" and not numbered:
         raise DataError(
             "partition.kind 'local': each node would number the classes by what its own files "
             f"hold ({train.origin}); set data.class-names to the names of all classes"
@@ -55,8 +58,8 @@ def _refuse_short(settings: RunSettings, count: int) -> None:
         raise DataError(f"data.classes {settings.data.classes}: the data has only {count} classes")
 
 
-def assign(raw: Raw, names: Sequence[str]) -> NDArray[np.int64]:
-    """Turn labels into ids.
+def assign(raw: Raw, names: Sequence[str], *, skip: bool = False) -> NDArray[np.int64]:
+    """Turn labels into ids; with ``skip``, one that cannot be used becomes -1.
 
     Raises
     ------
@@ -68,28 +71,28 @@ def assign(raw: Raw, names: Sequence[str]) -> NDArray[np.int64]:
     declared = names if raw.names is None else raw.names
     result = np.empty(len(raw.labels), dtype=np.int64)
     for row, label in enumerate(raw.labels):
-        if _is_integer(label):
-            if not 0 <= int(label) < len(declared):
-                raise DataError(
-                    f"data {raw.origin}: row {row} has label {label!r}; expected 0 … "
-                    f"{len(declared) - 1}"
-                )
+        expected = f"0 … {len(declared) - 1}"
+        if _is_integer(label) and 0 <= int(label) < len(declared):
             if aligned:
                 result[row] = int(label)
                 continue
             label = declared[int(label)]
-        if label not in ids:
+        if not _is_integer(label):
+            if label in ids:
+                result[row] = ids[label]
+                continue
+            expected = f"one of {', '.join(list(ids)[:8])}{' …' if len(ids) > 8 else ''}"
+        if not skip:
             raise DataError(
-                f"data {raw.origin}: row {row} has label {label!r}; expected one of "
-                f"{', '.join(list(ids)[:8])}{' …' if len(ids) > 8 else ''}"
+                f"data {raw.origin}: row {row} has label {label!r}; expected {expected}"
             )
-        result[row] = ids[label]
+        result[row] = -1
     return result
 
 
 def keep_first(labels: NDArray[np.int64], classes: int, count: int) -> NDArray[np.int64]:
     """Rows of the first ``classes`` classes (0 = all ``count`` of them)."""
-    return np.flatnonzero(labels < (classes or count))
+    return np.flatnonzero((labels >= 0) & (labels < (classes or count)))
 
 
 def _is_integer(label: Any) -> bool:

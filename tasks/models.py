@@ -26,13 +26,14 @@ from transformers.utils import logging
 from rankfit.configs import settings as config_settings
 from rankfit.tasks import font_vit
 from rankfit.tasks.inject import TAIL, TRAINED, eject, inject
+from rankfit.tasks.quantized import quantization
 from rankfit.tasks.sources import (
     ModelError,
     Source,
     read_config_file,
     resolve_source,
 )
-from rankfit.tasks.targets import head_modules, target_modules
+from rankfit.tasks.targets import head_modules, shared_heads, target_modules, whole_modules
 from rankfit.tasks.tokenizer import pad_token_id
 
 __all__ = [
@@ -47,11 +48,14 @@ __all__ = [
     "load_base",
     "load_config",
     "resolve_source",
+    "shared_heads",
     "target_modules",
+    "whole_modules",
 ]
 
 Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]
 Precision = Literal["fp32", "bf16"]
+Problem = Literal["classification", "regression"]
 
 _AUTO = {
     "image-classification": AutoModelForImageClassification,
@@ -79,20 +83,25 @@ _ESSENTIALS = (
 _SPREAD = 64  # values read from each frozen tensor by the fingerprint
 
 
-def load_config(model: config_settings.Model, *, labels: int) -> PreTrainedConfig:
-    """Read a model's config and set it up for classification into ``labels`` classes.
+def load_config(
+    model: config_settings.Model, *, labels: int, problem: Problem = "classification"
+) -> PreTrainedConfig:
+    """Read a model's config and set it up for ``labels`` outputs: classes, or one number.
 
     Raises
     ------
     ModelError
         If the source cannot be found or read, or there are fewer than two classes.
     """
-    if labels < 2:
+    if labels < 2 and problem == "classification":
         raise ModelError(f"a classifier needs at least 2 classes, got {labels}")
     source = resolve_source(model.source)
     config = _read_config(model, source)
     config.num_labels = labels
-    config.problem_type = "single_label_classification"
+    config.problem_type = "regression" if problem == "regression" else "single_label_classification"
+    # Keys and values are of use to generation alone, which asks for them itself.
+    if "use_cache" in config.to_dict():
+        config.use_cache = False
     # The auto classes take the first class of the architecture, not e.g. DeiT "WithTeacher".
     config.architectures = []
     config._attn_implementation = model.attention
@@ -170,7 +179,7 @@ def _unbuildable(
 
 
 def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedModel:
-    """Load the frozen base model with a head for ``labels`` classes, in evaluation mode.
+    """Load the frozen base model with a head of ``labels`` outputs, in evaluation mode.
 
     What the checkpoint lacks (the head, or everything for ``config:``) is drawn from
     ``settings.run.seed``; torch's global random state is left as it was.
@@ -182,9 +191,10 @@ def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedM
     """
     model_settings, kind = settings.model, settings.task.kind
     source = resolve_source(model_settings.source)
-    config = load_config(model_settings, labels=labels)
+    config = load_config(model_settings, labels=labels, problem=settings.task.problem)
     if kind == "text-classification" and _lacks_padding(config):
         config.pad_token_id = pad_token_id(model_settings, source, config)
+    quantized = quantization(model_settings, source.kind)
     with _seeded(settings.run.seed), _quiet():
         try:
             if source.kind == "config":
@@ -194,7 +204,7 @@ def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedM
                     dtype=_DTYPES[model_settings.precision],
                 )
             else:
-                model = _load_weights(model_settings, kind, source, config)
+                model = _load_weights(model_settings, kind, source, config, quantized)
         except (ImportError, OSError, ValueError) as error:
             if isinstance(error, ModelError):
                 raise
@@ -206,7 +216,11 @@ def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedM
 
 
 def _load_weights(
-    model: config_settings.Model, kind: Kind, source: Source, config: PreTrainedConfig
+    model: config_settings.Model,
+    kind: Kind,
+    source: Source,
+    config: PreTrainedConfig,
+    quantized: dict[str, Any],
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {
         "config": config,
@@ -214,6 +228,7 @@ def _load_weights(
         "attn_implementation": model.attention,
         "ignore_mismatched_sizes": True,  # a head of other classes; anything else is refused below
         "output_loading_info": True,
+        **quantized,
     }
     if source.kind == "builtin":
         weights = font_vit.load()[1]

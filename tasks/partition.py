@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rankfit.configs.seeds import derive
 from rankfit.configs.settings import RunSettings
+from rankfit.tasks.data import Examples
 
 Indices = NDArray[np.int64]
 
@@ -21,7 +22,12 @@ class PartitionError(ValueError):
     """A data set that cannot be dealt as the settings ask."""
 
 
-def partition(labels: NDArray[np.int64], settings: RunSettings, clients: int) -> list[Indices]:
+def partition(
+    labels: NDArray[np.int64],
+    settings: RunSettings,
+    clients: int,
+    groups: NDArray[np.str_] | None = None,
+) -> list[Indices]:
     """Deal the examples to clients: disjoint parts that cover the set, sorted.
 
     ``local`` deals nothing: the one part is the node's whole set.
@@ -34,6 +40,8 @@ def partition(labels: NDArray[np.int64], settings: RunSettings, clients: int) ->
         ``partition`` says how, ``run.seed`` draws.
     clients
         Number of parts.
+    groups
+        Value of ``partition.column`` of every training example, shape (n,).
 
     Raises
     ------
@@ -50,9 +58,38 @@ def partition(labels: NDArray[np.int64], settings: RunSettings, clients: int) ->
         parts = _iid(labels, clients, seed)
     elif kind == "dirichlet":
         parts = _dirichlet(labels, clients, settings.partition.alpha, minimum, seed)
+    elif kind == "natural":
+        parts = _natural(labels, groups, clients, minimum, seed)
+    elif kind == "quantity":
+        parts = _quantity(len(labels), clients, settings.partition.alpha, minimum, seed)
     else:
         parts = _pathological(labels, clients, settings.partition.classes_per_client, minimum, seed)
     return [np.sort(part) for part in parts]
+
+
+def partition_of(examples: Examples, settings: RunSettings, clients: int) -> list[Indices]:
+    """Deal a training set; see :func:`partition`."""
+    return partition(examples.labels, settings, clients, examples.groups)
+
+
+def alike(
+    labels: NDArray[np.int64], parts: Sequence[Indices], test_labels: NDArray[np.int64]
+) -> list[Indices]:
+    """Deal a test set so that each client's part has the classes of its training part.
+
+    Each class is cut in proportion to the training examples that the clients hold of it; every
+    test example of a class that somebody holds goes to one client.
+    """
+    held: list[list[Indices]] = [[] for _ in parts]
+    for label in np.unique(test_labels):
+        counts = np.array([int((labels[part] == label).sum()) for part in parts])
+        if not counts.sum():
+            continue
+        rows = np.flatnonzero(test_labels == label)
+        ends = np.rint(np.cumsum(counts)[:-1] / counts.sum() * len(rows)).astype(np.int64)
+        for client, own in enumerate(np.split(rows, ends)):
+            held[client].append(own)
+    return [np.sort(np.concatenate(own)) if own else np.arange(0) for own in held]
 
 
 def _refuse_few(examples: int, minimum: int, clients: int) -> None:
@@ -97,6 +134,51 @@ def _dirichlet(
         f"{len(labels)} examples in every draw: raise partition.alpha, or lower "
         "partition.min-samples or simulation.clients"
     )
+
+
+def _natural(
+    labels: NDArray[np.int64],
+    groups: NDArray[np.str_] | None,
+    clients: int,
+    minimum: int,
+    seed: int,
+) -> list[Indices]:
+    """Give every value of a column to one client whole; with more values than clients, several.
+
+    The values are dealt largest first, each to the client with the fewest examples so far; the
+    seed says which client is which.
+    """
+    if groups is None:
+        raise PartitionError("partition.kind natural: the data has no partition.column")
+    values, counts = np.unique(groups, return_counts=True)
+    if len(values) < clients:
+        raise PartitionError(
+            f"partition.column holds {len(values)} values, which {clients} clients cannot share: "
+            f"set simulation.clients to at most {len(values)}"
+        )
+    names = np.random.default_rng(seed).permutation(clients)
+    held: list[list[Indices]] = [[] for _ in range(clients)]
+    sizes = np.zeros(clients, dtype=np.int64)
+    for place in np.argsort(-counts, kind="stable"):
+        client = names[int(np.argmin(sizes[names]))]
+        held[client].append(np.flatnonzero(groups == values[place]))
+        sizes[client] += counts[place]
+    if sizes.min() < minimum:
+        raise PartitionError(
+            f"natural: the smallest of {clients} clients has {sizes.min()} of {len(labels)} "
+            "examples: lower partition.min-samples or simulation.clients"
+        )
+    return [np.concatenate(parts) for parts in held]
+
+
+def _quantity(examples: int, clients: int, alpha: float, minimum: int, seed: int) -> list[Indices]:
+    """Sizes by Dirichlet(alpha) above the minimum, classes alike (Li et al. 2022)."""
+    generator = np.random.default_rng(seed)
+    shares = generator.dirichlet(np.full(clients, float(alpha)))
+    free = examples - minimum * clients
+    ends = np.rint(np.cumsum(shares)[:-1] * free).astype(np.int64)
+    ends += minimum * np.arange(1, clients)
+    return list(np.split(generator.permutation(examples), ends))
 
 
 def _rows(part: Dataset) -> Indices:

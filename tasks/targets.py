@@ -1,5 +1,6 @@
 """Which modules of a base model take an adapter, and which are its head."""
 
+import re
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -7,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankfit.configs.settings import split_list
+from rankfit.configs.settings import Head, split_list
 from rankfit.tasks.sources import ModelError
 
 #: Names of the attention's query and value projections, in the order they are looked for. PEFT's
@@ -62,6 +63,35 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
+def whole_modules(model: PreTrainedModel, head: Head) -> tuple[str, ...]:
+    """Modules that a client trains whole beside its adapter: ``head.modules``, or the head.
+
+    Raises
+    ------
+    ModelError
+        If a name is no module of the model.
+    """
+    if head.mode == "frozen":
+        return ()
+    named = split_list(head.modules)
+    if not named:
+        return head_modules(model)
+    present = dict(model.named_modules())
+    for name in named:
+        if name not in present:
+            children = ", ".join(child for child, _ in model.named_children())
+            raise ModelError(
+                f"head.modules {name!r} is no module of {type(model).__name__}; its own are "
+                f"{children}"
+            )
+    return named
+
+
+def shared_heads(model: PreTrainedModel, head: Head) -> tuple[str, ...]:
+    """Those of them that travel and are averaged: none where every client keeps its own."""
+    return whole_modules(model, head) if head.mode == "trained" else ()
+
+
 def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
     """Full names of the Linear modules that take an adapter, in the model's order.
 
@@ -71,12 +101,13 @@ def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
         A base model, with or without weights.
     targets
         ``default`` (the attention's query and value projections), ``all-linear`` (all but the
-        head), or comma-separated ends of names.
+        head), comma-separated ends of names, or ``re:`` and a regular expression that whole names
+        must match.
 
     Raises
     ------
     ModelError
-        If a name matches nothing; it lists the Linear modules that there are.
+        If a name or expression matches nothing, or is no expression; it lists the Linear modules.
     """
     heads = head_modules(model)
     output = model.get_output_embeddings()
@@ -89,6 +120,14 @@ def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
         chosen = linear
     elif targets == "default":
         chosen = _query_value(linear)
+    elif targets.startswith("re:"):
+        try:
+            expression = re.compile(targets.removeprefix("re:"))
+        except re.error as error:
+            raise ModelError(
+                f"lora.targets {targets!r} is no regular expression: {error}"
+            ) from error
+        chosen = [name for name in linear if expression.fullmatch(name)]
     else:
         ends = split_list(targets)
         for end in ends:

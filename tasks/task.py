@@ -4,18 +4,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import RunSettings, split_list
+from rankfit.tasks.adapted import chunks, predict
 from rankfit.tasks.data import Dataset, Examples, known_labels, read_data
+from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
 
 #: Indices of examples: a list, an array or a tensor on the CPU.
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
+
+
+__all__ = ["Indices", "Split", "Task", "TensorSpec", "classification_metrics"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,15 @@ class Split(ABC):
     """One set of examples, encoded when a batch is asked for."""
 
     def __init__(self, examples: Examples) -> None:
-        self._examples = examples
+        self.examples = examples
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self.examples)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """Class of every example, shape (n,)."""
-        return self._examples.labels
+        return self.examples.labels
 
     def collate(self, indices: Indices) -> dict[str, Tensor]:
         """Build the batch of some examples: what the model takes, and ``labels`` of shape (b,).
@@ -47,7 +51,9 @@ class Split(ABC):
         """
         rows = [int(index) for index in indices]
         batch = self._encode(rows)
-        batch["labels"] = torch.from_numpy(self._examples.labels[rows])  # (b,)
+        targets = self.examples.targets
+        labels = self.examples.labels if targets is None else targets
+        batch["labels"] = torch.from_numpy(labels[rows])  # (b,)
         return batch
 
     @abstractmethod
@@ -57,7 +63,7 @@ class Split(ABC):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A classification task; nothing is read before it is asked for.
+    """What is learnt, from which data; nothing is read before it is asked for.
 
     ``data_path`` is a node's own file or folder, in place of ``data.source``.
     """
@@ -71,7 +77,7 @@ class Task(ABC):
 
     @cached_property
     def labels(self) -> int:
-        """Number of classes; read from the data only where the settings leave it open."""
+        """Number of the model's outputs; read from the data only where the settings do not say."""
         return known_labels(self.settings) or len(self._data.class_names)
 
     @property
@@ -91,14 +97,23 @@ class Task(ABC):
 
     def example_batch(self, batch_size: int) -> dict[str, TensorSpec]:
         """Describe the largest batch there can be, for an estimate of its memory."""
-        return {
-            **self._example_inputs(batch_size),
-            "labels": TensorSpec((batch_size,), torch.int64),
-        }
+        regression = self.settings.task.problem == "regression"
+        labels = TensorSpec((batch_size,), torch.float32 if regression else torch.int64)
+        return {**self._example_inputs(batch_size), "labels": labels}
+
+    def evaluate(
+        self, model: nn.Module, split: Split, rows: Sequence[int], device: torch.device, size: int
+    ) -> dict[str, float]:
+        """Measure a model on some examples of a split, ``size`` at a time."""
+        batches = (split.collate(part) for part in chunks(rows, size))
+        return self.metrics(*predict(model, batches, device))
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Score predictions; see :func:`classification_metrics`."""
-        return classification_metrics(logits, labels)
+        """Score predictions; see :mod:`rankfit.tasks.metrics`."""
+        names = split_list(self.settings.task.metrics)
+        if self.settings.task.problem == "regression":
+            return regression_metrics(logits, labels, names or ("pearson", "spearman"))
+        return classification_metrics(logits, labels, names or DEFAULT)
 
     @abstractmethod
     def _split(self, examples: Examples) -> Split:
@@ -107,43 +122,3 @@ class Task(ABC):
     @abstractmethod
     def _example_inputs(self, batch_size: int) -> Mapping[str, TensorSpec]:
         """Describe the inputs of the largest batch."""
-
-
-def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, macro F1, micro F1 and mean cross entropy.
-
-    Macro F1 is the mean over the classes that occur among labels or predictions; a class that is
-    never predicted counts 0.
-
-    Parameters
-    ----------
-    logits
-        Shape (n, classes).
-    labels
-        Shape (n,), int64.
-
-    Raises
-    ------
-    ValueError
-        If there is no example, or the shapes do not fit.
-    """
-    from sklearn.metrics import f1_score
-
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected (n, classes) "
-            "and (n,) with n above 0"
-        )
-    logits, labels = logits.detach().float().cpu(), labels.cpu()
-    predicted = logits.argmax(dim=1)  # (n,)
-    scores: Any = {
-        f"{average}-f1": f1_score(
-            labels.numpy(), predicted.numpy(), average=average, zero_division=0.0
-        )
-        for average in ("macro", "micro")
-    }
-    return {
-        "accuracy": float((predicted == labels).double().mean()),
-        **{name: float(score) for name, score in scores.items()},
-        "loss": float(torch.nn.functional.cross_entropy(logits, labels)),
-    }

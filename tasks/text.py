@@ -7,21 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
+from rankfit.configs.settings import split_list
 from rankfit.tasks.data import Examples
 from rankfit.tasks.models import load_config
 from rankfit.tasks.sources import ModelError
 from rankfit.tasks.task import Split, Task, TensorSpec
-from rankfit.tasks.tokenizer import load_tokenizer
-
-#: Models whose first positions are taken: position 0 of a text is number pad_token_id + 1.
-_OFFSET_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
+from rankfit.tasks.tokenizer import load_tokenizer, longest_text
 
 
 @dataclass(frozen=True)
 class TextTask(Task):
-    """Texts cut at ``data.max-length`` tokens and padded to the longest of their batch."""
+    """Texts, or pairs, cut at ``data.max-length`` tokens and padded to the longest of a batch."""
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -40,7 +37,8 @@ class TextTask(Task):
 
     def _example_inputs(self, batch_size: int) -> Mapping[str, TensorSpec]:
         shape = (batch_size, self.settings.data.max_length)
-        encoded = self._tokenizer(["a"])
+        pair = len(split_list(self.settings.data.input_column)) > 1
+        encoded = self._tokenizer(["a"], ["a"]) if pair else self._tokenizer(["a"])
         return {name: TensorSpec(shape, torch.int64) for name in encoded}
 
 
@@ -53,22 +51,14 @@ class TextSplit(Split):
         self._max_length = max_length
 
     def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        inputs = [self.examples.inputs[row] for row in rows]
+        # A pair shares one sequence; the longer of the two is cut first.
+        pairs = list(zip(*inputs, strict=True)) if isinstance(inputs[0], tuple) else [inputs]
         encoded = self._tokenizer(
-            [self._examples.inputs[row] for row in rows],
+            *(list(texts) for texts in pairs),
             padding="longest",
             truncation=True,
             max_length=self._max_length,
             return_tensors="pt",
         )
         return dict(encoded)  # each (b, longest)
-
-
-def longest_text(config: PreTrainedConfig) -> int | None:
-    """Tokens that a model has positions for; None if its positions have no end."""
-    values = config.to_dict()
-    positions = values.get("max_position_embeddings")
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    if config.model_type in _OFFSET_POSITIONS:
-        return positions - int(values.get("pad_token_id") or 0) - 1
-    return positions

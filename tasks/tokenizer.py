@@ -7,6 +7,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from rankfit.configs import settings as config_settings
 from rankfit.tasks.sources import ModelError, Source, resolve_source
 
+#: Models whose first positions are taken: position 0 of a text is number pad_token_id + 1.
+_OFFSET_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
+
 
 def load_tokenizer(model: config_settings.Model) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model source; a missing padding token becomes the end-of-text token.
@@ -51,3 +54,14 @@ def pad_token_id(model: config_settings.Model, source: Source, config: PreTraine
         return int(load_tokenizer(model).pad_token_id)
     end = config.eos_token_id
     return int(end[0] if isinstance(end, list) else end or 0)
+
+
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model has positions for; None if its positions have no end."""
+    values = config.to_dict()
+    positions = values.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    if config.model_type in _OFFSET_POSITIONS:
+        return positions - int(values.get("pad_token_id") or 0) - 1
+    return positions

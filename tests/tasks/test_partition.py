@@ -112,3 +112,31 @@ def test_what_cannot_be_dealt_says_what_to_change(examples, classes, clients, ch
     labels = np.arange(examples) % classes
     with pytest.raises(PartitionError, match=message):
         partition(labels, run_settings(**changes), clients)
+
+
+def test_natural_groups_stay_together() -> None:
+    users = np.array([f"user-{i % 7}" for i in range(70)] + ["user-9"] * 30)
+    labels = np.zeros(100, dtype=np.int64)
+    asked = run_settings("natural", column="user", min_samples=5)
+    parts = partition(labels, asked, 4, users)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(100))
+    held = [set(users[part]) for part in parts]
+    assert sum(len(own) for own in held) == 8  # no user is with two clients
+    assert max(len(part) for part in parts) == 30
+    assert [p.tolist() for p in parts] == [p.tolist() for p in partition(labels, asked, 4, users)]
+    each = partition(labels, asked, 8, users)
+    assert sorted(len(set(users[part])) for part in each) == [1] * 8
+    with pytest.raises(PartitionError, match="8 values, which 9 clients"):
+        partition(labels, asked, 9, users)
+    with pytest.raises(PartitionError, match="smallest of 8 clients has 10"):
+        partition(labels, run_settings("natural", column="user", min_samples=12), 8, users)
+
+
+def test_quantity_skew_keeps_the_minimum() -> None:
+    labels = np.zeros(1000, dtype=np.int64)
+    for alpha, spread in ((0.2, 100), (1000.0, 0)):
+        asked = run_settings("quantity", alpha=alpha, min_samples=7)
+        sizes = [len(part) for part in partition(labels, asked, 10)]
+        assert sum(sizes) == 1000 and min(sizes) >= 7
+        assert max(sizes) - min(sizes) > spread
+    assert max(sizes) - min(sizes) < 30

@@ -99,7 +99,7 @@ def test_digits_for_a_model_of_any_size(tmp_path, channels, size):
     assert batch["pixel_values"].shape == (3, channels, size, size)
     assert torch.equal(batch["labels"], torch.from_numpy(task.train.labels[[2, 0, 1]]))
     if size == 8:
-        raw = torch.from_numpy(task.train._examples.inputs[2])
+        raw = torch.from_numpy(task.train.examples.inputs[2])
         assert all(torch.equal(channel, raw) for channel in batch["pixel_values"][0])
         assert torch.equal(raw * 16, (raw * 16).round())
 
@@ -121,7 +121,7 @@ def test_images_through_the_models_own_processor(tmp_path):
     settings = RunSettings.model_validate({"model": {"source": str(folder)}})
     task = load_task(settings)
     check_batches(task)
-    grey = (task.train._examples.inputs[0] * 255).round().astype(np.uint8)
+    grey = (task.train.examples.inputs[0] * 255).round().astype(np.uint8)
     expected = processor([Image.fromarray(grey).convert("RGB")], return_tensors="pt")
     assert torch.equal(task.train.collate([0])["pixel_values"], expected["pixel_values"])
     assert (folder / "preprocessor_config.json").exists()

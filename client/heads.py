@@ -1,0 +1,71 @@
+"""The heads that a client keeps to itself, in files: they outlive messages, processes and stops.
+
+A head is kept by the round in which it was trained, so that a run which resumes goes on from what
+the client had then.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankfit.configs.settings import RunSettings
+
+#: Rounds kept: a resumed run can go back behind those that its last checkpoint lacks.
+KEPT = 3
+_NAME = re.compile(r"round-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class HeadStore:
+    """Heads of one client.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when the first head is kept.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, settings: RunSettings, partition: int | None, data_path: str | None) -> "HeadStore":
+        """The store of the client that holds a partition, or a folder of its own."""
+        root = Path(settings.head.directory or Path(settings.run.directory) / settings.run.name)
+        root = root.expanduser() / "heads" if not settings.head.directory else root.expanduser()
+        name = "node" if partition is None else f"partition-{partition}"
+        if data_path is not None:
+            place = str(Path(data_path).expanduser().absolute())
+            name += "-" + hashlib.sha256(place.encode()).hexdigest()[:12]
+        return cls(root / name)
+
+    def load(self, before: int) -> dict[str, Tensor] | None:
+        """The newest head of a round below ``before``; None if there is none."""
+        rounds = [number for number in self._rounds() if number < before]
+        return load_file(self._file(max(rounds))) if rounds else None
+
+    def save(self, server_round: int, head: Mapping[str, Tensor]) -> None:
+        """Keep the head of a round; later ones belong to rounds that are trained anew."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{server_round}.partial"
+        save_file({name: t.detach().cpu().contiguous() for name, t in head.items()}, partial)
+        os.replace(partial, self._file(server_round))
+        rounds = self._rounds()
+        earlier = [number for number in rounds if number <= server_round]
+        for number in rounds:
+            if number not in earlier[-KEPT:]:
+                self._file(number).unlink(missing_ok=True)
+
+    def _rounds(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(item.name) for item in self.folder.iterdir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def _file(self, server_round: int) -> Path:
+        return self.folder / f"round-{server_round:05d}.safetensors"

@@ -1,0 +1,184 @@
+"""The settings of what is learnt: task, model, data, partition, head and local training."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from rankfit.configs.table import (
+    Count,
+    Fraction,
+    NonNegative,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    Table,
+    split_list,
+)
+
+#: Figures of a classifier or of a regression, by name.
+CLASS_METRICS = ("accuracy", "macro-f1", "micro-f1", "f1", "mcc")
+NUMBER_METRICS = ("pearson", "spearman", "mse")
+
+
+class Task(Table):
+    """What is learnt."""
+
+    kind: Literal["image-classification", "text-classification", "causal-lm"] = (
+        "image-classification"
+    )
+    #: Labels of text are classes, or numbers (STS-B): one output, squared error.
+    problem: Literal["classification", "regression"] = "classification"
+    #: Comma-separated figures of an evaluation ("" = the problem's: accuracy, macro-f1, micro-f1;
+    #: or pearson, spearman). ``f1`` is that of class 1 of two; ``mcc`` is Matthews' correlation.
+    metrics: str = ""
+    #: causal-lm: tokens that the loss is taken over.
+    loss: Literal["answers", "all"] = "answers"
+    #: causal-lm: several examples in one row, each attending to itself alone.
+    packing: bool = False
+    #: causal-lm: by what the model writes, by which of the choices it finds likeliest, or by its
+    #: loss alone.
+    evaluate: Literal["generation", "likelihood", "loss"] = "generation"
+    #: causal-lm: how the answer is found in what was written: a suite's pattern, or all of it.
+    suite: Literal["none", "commonsense"] = "none"
+    #: causal-lm: tokens that an evaluation writes at most.
+    max_new_tokens: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.problem == "regression" and self.kind != "text-classification":
+            raise ValueError(f"task.problem regression is for text-classification, not {self.kind}")
+        if self.packing and self.kind != "causal-lm":
+            raise ValueError(f"task.packing is for causal-lm, not {self.kind}")
+        known = NUMBER_METRICS if self.problem == "regression" else CLASS_METRICS
+        for name in split_list(self.metrics):
+            if self.kind == "causal-lm" or name not in known:
+                choices = "none for causal-lm" if self.kind == "causal-lm" else ", ".join(known)
+                raise ValueError(f"task.metrics: unknown figure {name!r}; expected {choices}")
+        return self
+
+
+class Model(Table):
+    """The base model.
+
+    ``source`` is ``builtin:font-vit``, ``package:NAME/SUBFOLDER`` (inside an installed Python
+    package), ``config:FILE.json`` (random weights from a config), a local folder, or a hub id.
+    """
+
+    source: str = "builtin:font-vit"
+    revision: str = "main"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    #: The frozen base in 4 or 8 bits through bitsandbytes (extra ``quantized``).
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    trust_remote_code: bool = False
+
+
+class Data(Table):
+    """The data set: ``sklearn:digits``, a local file or folder, or a hub id."""
+
+    source: str = "sklearn:digits"
+    #: Configuration name on the hub, or the subfolder of a local copy of it ("" = default).
+    name: str = ""
+    #: Split name on the hub, or file pattern under ``source`` when it is a local folder.
+    train: str = "train"
+    test: str = "test"
+    #: "" = the task's default (image: ``image`` or ``img``; text: ``text``). Two names, separated
+    #: by a comma, are a pair of texts.
+    input_column: str = ""
+    #: causal-lm: a column that groups the examples (such as ``task``), if it is there.
+    label_column: str = "label"
+    #: Comma-separated names of the classes in the order of their ids ("" = as found in the data).
+    #: Nodes that hold files of their own need it unless the files name the classes (ClassLabel).
+    class_names: str = ""
+    #: Keep only the first N classes (0 = all).
+    classes: Count = 0
+    #: Share held out for evaluation when there is no test split.
+    test_fraction: Fraction = 0.25
+    #: Keep only so many examples, drawn from the seed (0 = all).
+    train_samples: Count = 0
+    test_samples: Count = 0
+    #: Tokens per text.
+    max_length: PositiveInt = 128
+    #: causal-lm: columns ``instruction``, ``input`` (may be absent) and ``output``; or ``messages``
+    #: with roles; or ``text`` alone.
+    format: Literal["instruction", "messages", "text"] = "instruction"
+    #: causal-lm: how an instruction becomes a prompt: Alpaca's words, the tokenizer's own chat
+    #: template, or the instruction alone.
+    template: Literal["alpaca", "chat", "plain"] = "alpaca"
+    #: A record that cannot be used stops the run, or is counted and left out.
+    bad_records: Literal["refuse", "skip"] = "refuse"
+
+
+class Partition(Table):
+    """How one data set is dealt to simulated clients; ``local`` = each node's own files."""
+
+    kind: Literal["iid", "dirichlet", "pathological", "natural", "quantity", "local"] = "iid"
+    #: Of ``dirichlet`` (classes over clients) and ``quantity`` (sizes of the clients).
+    alpha: PositiveFloat = 0.3
+    classes_per_client: PositiveInt = 2
+    #: ``natural``: column whose values (hospitals, users) stay together.
+    column: str = ""
+    min_samples: Count = 10
+    #: Where clients evaluate, the part of a common test set that each measures on: one like the
+    #: others' (``even``), or one with the classes of its own training part (``alike``).
+    test: Literal["even", "alike"] = "even"
+
+    @model_validator(mode="after")
+    def _column(self) -> Self:
+        if (self.kind == "natural") != bool(self.column):
+            raise ValueError(
+                "partition.column and partition.kind natural go together (got kind "
+                f"{self.kind!r}, column {self.column!r})"
+            )
+        return self
+
+
+class Head(Table):
+    """The classification head: trained and averaged beside the adapters, frozen, or personal.
+
+    ``local``: every client trains a head of its own, which it keeps; the adapters are shared.
+    """
+
+    mode: Literal["trained", "frozen", "local"] = "trained"
+    #: Comma-separated modules trained whole in place of the classifier, such as ``lm_head``
+    #: ("" = the architecture's classifier; a language model has none).
+    modules: str = ""
+    #: ``local``: folder on the client's machine that keeps its heads ("" = ``heads`` in the run
+    #: directory).
+    directory: str = ""
+
+
+class Train(Table):
+    """Local training of one client in one round."""
+
+    batch_size: PositiveInt = 32
+    epochs: PositiveInt = 1
+    #: Optimizer steps per round (0 = whole epochs).
+    steps: Count = 0
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    gradient_checkpointing: bool = False
+    #: Intra-op CPU threads per client process.
+    threads: PositiveInt = 1
+    #: Learning rate over the rounds: see :mod:`rankfit.configs.rates`.
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    #: Rounds that the schedule spans (0 = ``run.rounds``, also when that is raised on a resume).
+    schedule_rounds: Count = 0
+    #: Rounds over which the rate first rises to ``learning-rate``.
+    schedule_warm_up: Count = 0
+    #: Rate at the end of ``linear`` and ``cosine``, as a share of ``learning-rate``.
+    schedule_floor: Share = 0.0
+    #: ``step``: the rate is multiplied by the factor every so many rounds.
+    schedule_step: PositiveInt = 50
+    schedule_factor: Fraction = 0.5
+    #: FedProx: μ of the proximal term μ/2·‖θ − θ⁰‖² (0 = none).
+    proximal: NonNegative = 0.0
+    #: Weight τ of log prior(label) of the client's own data, added to the logits in training
+    #: (0 = plain cross entropy).
+    label_prior: NonNegative = 0.0
+    #: Forward pass in bfloat16 where torch.autocast holds it safe; weights stay as they are.
+    autocast: Literal["none", "bf16"] = "none"
+    #: Backend of torch.compile (``inductor``), anew for each training ("" = not compiled).
+    compile: str = ""

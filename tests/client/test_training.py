@@ -1,0 +1,109 @@
+"""Local training of language models, and the settings of the training step."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.tiny_lm import save_model, save_tokenizer
+from rankfit.adapters.state import Adapter, initial
+from rankfit.client.trainer import Job, train
+from rankfit.client.workspace import Workspace
+from rankfit.configs.settings import from_flat
+from rankfit.estimator.plan import Plan
+from rankfit.tasks.adapted import target_shapes
+from rankfit.tasks.models import target_modules
+
+RECORDS = [
+    {
+        "instruction": f"Say {'a much longer thing ' * (i % 4)}{i}.",
+        "output": f"it is {i} " * (i + 1),
+    }
+    for i in range(8)
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    save_model(folder, save_tokenizer(folder, [str(r) for r in RECORDS]), hidden=32)
+    (folder / "train.json").write_text(json.dumps(RECORDS))
+    (folder / "test.json").write_text(json.dumps(RECORDS))
+    return folder
+
+
+def workspace(root: Path, **changes: object) -> Workspace:
+    flat = {
+        "task.kind": "causal-lm",
+        "model.source": str(root),
+        "data.source": str(root),
+        "data.max-length": 256,
+        "train.batch-size": 8,
+        "train.optimizer": "sgd",
+        "train.learning-rate": 0.5,
+        "lora.rank": 2,
+    }
+    return Workspace(from_flat(flat | changes), None)  # type: ignore[operator]
+
+
+def start(space: Workspace) -> Adapter:
+    targets = target_modules(space.base, "default")
+    shapes = target_shapes(space.base, targets, 2)
+    return initial(shapes, 2, 1.0, {}, seed=1)
+
+
+def trained(space: Workspace, micro_batch: int, checkpointing: bool = False):
+    adapter = start(space)
+    plan = Plan(
+        ranks=adapter.ranks,
+        moves="both",
+        micro_batch=micro_batch,
+        accumulation=-(-8 // micro_batch),
+        checkpointing=checkpointing,
+        peak_bytes=0,
+        budget_bytes=0,
+        binding="cap",
+        tail_rank=0,
+    )
+    job = Job("one", 1, plan, adapter, np.arange(8), None)
+    return train(space, job)
+
+
+def same(one, two, tolerance: float = 1e-6) -> None:
+    assert one.state.keys() == two.state.keys()
+    for name, tensor in one.state.items():
+        assert torch.allclose(tensor, two.state[name], atol=tolerance), name
+    assert one.metrics["train-loss"] == pytest.approx(two.metrics["train-loss"], abs=tolerance)
+
+
+def test_accumulation_and_packing_leave_the_gradient_as_it_is(root: Path) -> None:
+    """Answers of very different lengths: the loss is a mean over tokens, not over samples."""
+    space = workspace(root)
+    whole = trained(space, 8)
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in whole.state.items() if "_B" in name)
+    same(whole, trained(space, 3))
+    same(whole, trained(space, 8, checkpointing=True))
+    packed = workspace(root, **{"task.packing": True})
+    same(whole, trained(packed, 8), 1e-5)
+
+
+def test_bf16_autocast_stays_close_and_keeps_float32_factors(root: Path) -> None:
+    plain = trained(workspace(root), 8)
+    cast = trained(workspace(root, **{"train.autocast": "bf16"}), 8)
+    assert all(tensor.dtype == torch.float32 for tensor in cast.state.values())
+    assert cast.metrics["train-loss"] != plain.metrics["train-loss"]
+    same(plain, cast, 0.05)
+
+
+def test_a_compiled_step_is_the_same_step(root: Path) -> None:
+    same(trained(workspace(root), 8), trained(workspace(root, **{"train.compile": "eager"}), 8))
+
+
+def test_rows_without_an_answer_in_them_teach_nothing(root: Path) -> None:
+    """``data.max-length`` 1 leaves no token that could be learnt: no loss, no change, no NaN."""
+    space = workspace(root, **{"data.max-length": 1})
+    result = trained(space, 4)
+    assert result.metrics["train-loss"] == 0
+    assert all(torch.isfinite(tensor).all() for tensor in result.state.values())

@@ -1,0 +1,168 @@
+"""Records that cannot be used: refused by name, or counted and left out if the settings say so."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rankfit.configs.settings import RunSettings, from_flat
+from rankfit.tasks.catalogue import load_task
+from rankfit.tasks.data import DataError, read_data
+from rankfit.tasks.image import PlainProcessor
+from rankfit.tasks.partition import PartitionError, partition_of
+
+SKIP = {"data.bad-records": "skip"}
+
+
+def settings_for(folder: Path, kind: str, **changes: object) -> RunSettings:
+    flat = {
+        "task.kind": kind,
+        "data.source": str(folder),
+        "data.test": "",
+        "data.test-fraction": 0.1,
+    }
+    return from_flat(flat | changes)  # type: ignore[operator]
+
+
+def write(folder: Path, records: list[dict[str, object]]) -> None:
+    (folder / "train.json").write_text(json.dumps(records))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"text": None, "label": 0}, "row 3 holds None, expected text"),
+        ({"text": "x", "label": -1}, "row 3 has label -1; expected 0 … 1"),
+    ],
+)
+def test_texts_and_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: dict[str, object], message: str
+) -> None:
+    good: list[dict[str, object]] = [{"text": f"text {i}", "label": i % 2} for i in range(40)]
+    write(tmp_path, [*good[:3], bad, *good[3:]])
+    with pytest.raises(DataError, match=message):
+        read_data(settings_for(tmp_path, "text-classification"))
+    with caplog.at_level(logging.WARNING):
+        found = read_data(settings_for(tmp_path, "text-classification", **SKIP))
+    assert len(found.train) + len(found.test) == 40
+    assert "1 records with" in caplog.text and "left out" in caplog.text
+
+
+def test_a_missing_label(tmp_path: Path) -> None:
+    good: list[dict[str, object]] = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
+    write(tmp_path, [*good, {"text": "x", "label": None}])
+    with pytest.raises(DataError, match="label None"):
+        read_data(settings_for(tmp_path, "text-classification"))
+    found = read_data(settings_for(tmp_path, "text-classification", **SKIP))
+    assert found.class_names == ("a", "b") and len(found.train) + len(found.test) == 40
+
+
+def test_numbers_of_a_regression(tmp_path: Path) -> None:
+    good: list[dict[str, object]] = [{"text": f"text {i}", "label": i / 10} for i in range(40)]
+    write(tmp_path, [*good, {"text": "x", "label": None}])
+    changes = {"task.problem": "regression"}
+    with pytest.raises(DataError, match="row 40 has label nan|row 40 has label None"):
+        read_data(settings_for(tmp_path, "text-classification", **changes))
+    found = read_data(settings_for(tmp_path, "text-classification", **changes, **SKIP))
+    assert found.train.targets is not None
+    assert found.train.targets.dtype == np.float32 and found.class_names == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "bad", "message"),
+    [
+        ({}, {"instruction": "a", "output": ""}, "row 0 holds '' in column 'output'"),
+        ({"data.format": "messages"}, {"messages": []}, "expected a list of messages"),
+        (
+            {"data.format": "messages"},
+            {"messages": [{"role": "robot", "content": "a"}]},
+            "expected role",
+        ),
+        (
+            {"data.format": "messages"},
+            {"messages": [{"role": "user", "content": "a"}]},
+            "another role than assistant",
+        ),
+        ({"data.format": "text"}, {"text": " "}, "expected text"),
+    ],
+)
+def test_language_records(
+    tmp_path: Path, changes: dict[str, object], bad: dict[str, object], message: str
+) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    fields = {"instruction": "a", "output": "b", "messages": messages, "text": "a"}
+    good = [{name: fields[name] for name in bad} for _ in range(20)]
+    write(tmp_path, [bad, *good])
+    with pytest.raises(DataError, match=message):
+        read_data(settings_for(tmp_path, "causal-lm", **changes))
+    found = read_data(settings_for(tmp_path, "causal-lm", **changes, **SKIP))
+    assert len(found.train) + len(found.test) == 20
+
+
+def test_a_missing_column_of_language_data_is_named(tmp_path: Path) -> None:
+    write(tmp_path, [{"instruction": "a", "answer": "b"}] * 4)
+    with pytest.raises(DataError, match="no column 'output'; the columns are instruction, answer"):
+        read_data(settings_for(tmp_path, "causal-lm"))
+
+
+def test_broken_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for number in range(10):
+            Image.new("RGB", (8, 8), label == "cat" and "red" or "blue").save(
+                tmp_path / label / f"{number}.png"
+            )
+    (tmp_path / "cat" / "10.png").write_bytes(b"no picture")
+    whole = (tmp_path / "cat" / "0.png").read_bytes()
+    (tmp_path / "cat" / "11.png").write_bytes(whole[: len(whole) // 2])
+    task = load_task(settings_for(tmp_path, "image-classification"))
+    with pytest.raises(DataError, match="11.png: cannot be read|10.png: cannot be read"):
+        task.train.collate(range(len(task.train)))
+    with caplog.at_level(logging.WARNING):
+        task = load_task(settings_for(tmp_path, "image-classification", **SKIP))
+        assert len(task.train) + len(task.test) == 20
+    assert "2 records" in caplog.text
+    assert task.train.collate(range(len(task.train)))["pixel_values"].isfinite().all()
+
+
+def test_nothing_left(tmp_path: Path) -> None:
+    write(tmp_path, [{"text": None, "label": 0}] * 3)
+    with pytest.raises(DataError, match="the set is empty"):
+        read_data(settings_for(tmp_path, "text-classification", **SKIP))
+
+
+def test_an_empty_partition_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, [{"text": f"text {i}", "label": i % 2} for i in range(20)])
+    found = read_data(settings_for(tmp_path, "text-classification"))
+    with pytest.raises(PartitionError, match="18 examples cannot give each of 19 clients"):
+        settings = settings_for(tmp_path, "text-classification", **{"partition.min-samples": 0})
+        partition_of(found.train, settings, 19)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1", "I", "F", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_mode(mode: str, channels: int) -> None:
+    """The same half-grey picture, whatever it is saved as."""
+    values = np.full((8, 8), 128, dtype=np.uint8)
+    grey = Image.fromarray(values)
+    image = {
+        "I": lambda: Image.fromarray(values.astype(np.int32) * 257),
+        "F": lambda: Image.fromarray(values.astype(np.float32) / 255),
+        "I;16": lambda: Image.fromarray(values.astype(np.uint16) * 257),
+        "1": lambda: Image.fromarray(values > 0),
+        "P": lambda: grey.convert("P"),  # of RGB it would be dithered
+    }.get(mode, lambda: grey.convert("RGB").convert(mode))()
+    assert image.mode == mode
+    pixels = PlainProcessor(channels, 8, 8)(image)
+    assert pixels.shape == (channels, 8, 8)
+    expected = 1.0 if mode == "1" else 128 / 255
+    assert torch.allclose(pixels, torch.full_like(pixels, expected), atol=0.01)
+
+
+def test_transparent_pixels_are_white() -> None:
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert (PlainProcessor(3, 8, 8)(clear) == 1).all()

@@ -1,0 +1,88 @@
+"""Bases in 4 and 8 bits, through bitsandbytes' backend for the CPU."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.tiny_lm import save_model, save_tokenizer
+from rankfit.adapters.state import Adapter, initial
+from rankfit.client.trainer import Job, evaluate, train
+from rankfit.client.workspace import Workspace
+from rankfit.configs.settings import from_flat
+from rankfit.estimator.plan import Plan
+from rankfit.tasks.adapted import target_shapes
+from rankfit.tasks.models import ModelError, fingerprint, load_base, target_modules
+from rankfit.tasks.quantized import quantization
+
+RECORDS = [{"instruction": f"Say {i}.", "output": f"it is {i}"} for i in range(8)]
+HERE = importlib.util.find_spec("bitsandbytes") is not None
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized")
+    save_model(folder, save_tokenizer(folder, [str(r) for r in RECORDS]), hidden=64)
+    (folder / "train.json").write_text(json.dumps(RECORDS))
+    (folder / "test.json").write_text(json.dumps(RECORDS))
+    return folder
+
+
+def workspace(root: Path, kind: str) -> Workspace:
+    flat = {
+        "task.kind": "causal-lm",
+        "task.evaluate": "loss",
+        "model.source": str(root),
+        "model.quantization": kind,
+        "data.source": str(root),
+        "train.learning-rate": 0.02,
+        "train.steps": 4,
+        "lora.rank": 4,
+    }
+    return Workspace(from_flat(flat), None)
+
+
+@pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed (extra quantized)")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_adapters_train_on_a_quantised_base(root: Path, kind: str) -> None:
+    space, plain = workspace(root, kind), workspace(root, "none")
+    targets = target_modules(space.base, "default")
+    assert targets == target_modules(plain.base, "default")
+    shapes = target_shapes(space.base, targets, 4)
+    assert shapes == target_shapes(plain.base, targets, 4)
+    frozen = space.base.get_submodule(targets[0]).weight
+    assert frozen.dtype in (torch.uint8, torch.int8)
+    with torch.no_grad():
+        before = space.base(**space.task.train.collate(range(8))).logits
+    assert fingerprint(space.base, heads=()) != fingerprint(plain.base, heads=())
+    start = initial(shapes, 4, 1.0, {}, seed=0)
+    plan = Plan(ranks=start.ranks, moves="both", micro_batch=8, accumulation=1,
+                checkpointing=False, peak_bytes=0, budget_bytes=0, binding="cap",
+                tail_rank=0)  # fmt: skip
+    rows = np.arange(8)
+    first = evaluate(space, start, rows)["loss"]
+    update = train(space, Job("one", 1, plan, start, rows, None))
+    assert all(tensor.dtype == torch.float32 for tensor in update.state.values())
+    trained = Adapter.from_state_dict(update.state, 1.0)
+    assert evaluate(space, trained, rows)["loss"] < first - 0.1
+    # Not the stored bytes: on a CPU, bitsandbytes packs them anew for inference, and rounds.
+    with torch.no_grad():
+        after = space.base(**space.task.train.collate(range(8))).logits
+    assert torch.allclose(after, before, atol=0.02)
+    # What was learnt on the quantised base holds on the 16-bit one, into which it is merged.
+    assert evaluate(plain, trained, rows)["loss"] < evaluate(plain, start, rows)["loss"] - 0.1
+
+
+def test_what_cannot_be_quantised_is_refused_by_name(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = from_flat({"model.quantization": "nf4"})
+    with pytest.raises(ModelError, match="'builtin:font-vit' is not a folder or hub id"):
+        load_base(settings, 10)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'rankfit\[quantized\]'"):
+        quantization(settings.model, "folder")
+    assert quantization(from_flat({}).model, "builtin") == {}
