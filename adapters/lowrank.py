@@ -145,7 +145,8 @@ def _leading(symmetric: Tensor, rank: int) -> Tensor:
         _, found = scipy.linalg.eigh(
             symmetric.numpy(), subset_by_index=[max(n - rank, 0), n - 1], check_finite=False
         )
-        return torch.from_numpy(found).flip(1)
+        ascending: Tensor = torch.from_numpy(found)
+        return ascending.flip(1)
     _, vectors = torch.linalg.eigh(symmetric)
     return vectors[:, -rank:].flip(1)
 

@@ -179,6 +179,9 @@ class Server(Table):
     momentum: Share = 0.9
     second_momentum: Share = 0.99
     epsilon: PositiveFloat = 1e-3
+    #: Updates that may wait for those of earlier clients; beyond it they are folded as they come,
+    #: and two runs of one seed may differ by rounding.
+    keep_waiting: Count = 64
     #: Merges of products: by how much their error may exceed the best possible at the global rank,
     #: relative to it, where that is faster (0 = always exact).
     merge_tolerance: NonNegative = 0.005

@@ -27,7 +27,7 @@ from rankfit.server.report import write_report
 from rankfit.server.rundir import Checkpoint, RunDirectory
 from rankfit.strategies import messages
 from rankfit.strategies.catalogue import find
-from rankfit.strategies.fleet import exchange
+from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.heterogeneous_lora import HeterogeneousLora
 from rankfit.strategies.method import configured
 from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
@@ -144,17 +144,9 @@ def play_round(
     """Train, merge and evaluate an opened round; return the next adapter and the round's line."""
     began = time.monotonic()
     strategy, settings = federation.strategy, federation.settings
-    # Replies are folded in the order of the messages, so that rounding does not depend on who
-    # answers first and two runs of one seed agree to the last bit.
-    early: dict[int, Message] = {}
-    next_position = 0
-    for position, reply in exchange(grid, outgoing, settings.server.round_timeout_seconds):
-        early[position] = reply
-        while next_position in early:
-            strategy.fold(next_position, early.pop(next_position))
-            next_position += 1
-    for position in sorted(early):
-        strategy.fold(position, early[position])
+    replies = exchange(grid, outgoing, settings.server.round_timeout_seconds)
+    for position, reply in in_order(replies, settings.server.keep_waiting):
+        strategy.fold(position, reply)
     adapter, outcomes = strategy.close_round()
     line: dict[str, Any] = {"round": number, **summarise(outcomes)}
     line["train-seconds"] = round(time.monotonic() - began, 3)

@@ -155,4 +155,5 @@ def _energies(factors: Factors) -> Tensor:
     b, a = factors.b.double(), factors.a.double()
     values, vectors = torch.linalg.eigh(b.T @ b)
     root = vectors * values.clamp(min=0).sqrt()
-    return torch.linalg.eigvalsh(root.T @ (a @ a.T) @ root).clamp(min=0)
+    energies: Tensor = torch.linalg.eigvalsh(root.T @ (a @ a.T) @ root)
+    return energies.clamp(min=0)

@@ -64,6 +64,25 @@ def exchange(
             pause = min(pause * 1.2, 1.0)
 
 
+def in_order(replies: Iterable[tuple[int, Message]], limit: int) -> Iterator[tuple[int, Message]]:
+    """Yield replies by position while at most ``limit`` have to wait for an earlier one.
+
+    Rounding then does not depend on who answers first, and two runs of one seed agree to the last
+    bit. Beyond the limit, which bounds the memory that a late client can cost, the first one that
+    waits goes ahead.
+    """
+    waiting: dict[int, Message] = {}
+    following = 0
+    for position, reply in replies:
+        waiting[position] = reply
+        while waiting and (min(waiting) <= following or len(waiting) > limit):
+            first = min(waiting)
+            following = max(following, first + 1)
+            yield first, waiting.pop(first)
+    for position in sorted(waiting):
+        yield position, waiting[position]
+
+
 class Fleet:
     """The devices of a run by client name, asked when they are first seen and by :meth:`renew`.
 

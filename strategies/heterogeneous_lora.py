@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -18,13 +18,14 @@ from torch import Tensor
 from rankfit.adapters.folding import join
 from rankfit.adapters.merge import Merge
 from rankfit.adapters.state import Adapter
-from rankfit.adapters.wire import decode, encode, round_trip
+from rankfit.adapters.wire import decode, encode
 from rankfit.configs.seeds import derive
 from rankfit.configs.settings import RunSettings
 from rankfit.estimator.plan import Plan
 from rankfit.strategies import messages
 from rankfit.strategies.advance import Advance
 from rankfit.strategies.diagnosis import Diagnosis
+from rankfit.strategies.dispatch import Dispatch
 from rankfit.strategies.fleet import Fleet, sample
 from rankfit.strategies.method import Method
 from rankfit.strategies.outcome import Outcome, spent, summarise, weighted_mean
@@ -32,22 +33,11 @@ from rankfit.strategies.planning import Planner
 from rankfit.strategies.replies import Assignment, BadUpdate, Metrics, read_update
 from rankfit.strategies.scores import ScoreBook
 from rankfit.strategies.selection import Selection
-from rankfit.strategies.start import Share
 
 log = logging.getLogger(__name__)
 
 #: Measures the importance of each module at a global adapter, in a round.
 Scorer = Callable[[Adapter, int], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """A share as it is sent, its bytes of adapter, and how far it is from the whole adapter."""
-
-    share: Share
-    record: ArrayRecord
-    bytes: int
-    truncation: float
 
 
 @dataclass
@@ -131,25 +121,11 @@ class HeterogeneousLora(Strategy):
             self.planner.scores = dict(self._scorer(adapter, server_round))
         self.prepare(grid, server_round)
         clients = self._selection.draw(grid, server_round)
-        sent = self._arrives(adapter)
-        folded = self.advance.folded and self._arrives(self.advance.folded)
         diagnosis = Diagnosis(adapter) if self.settings.server.diagnostics else None
-        assignments, outgoing = [], []
-        parcels: dict[object, Parcel] = {}
-        for client in clients:
-            plan = self.plans[client]
-            seed = derive(self.settings.run.seed, "start", server_round, client)
-            same = (tuple(plan.ranks.items()), plan.tail_rank)
-            key = (same, client) if self.method.start.draws else same
-            parcel = parcels.get(key)
-            if parcel is None:
-                share = self.method.start.share(sent, folded, plan, seed)
-                parcel = parcels[key] = self._pack(share, diagnosis)
-            if diagnosis is not None:
-                diagnosis.start(parcel.truncation)
-            assignment, message = self._assign(client, plan, parcel, server_round)
-            assignments.append(assignment)
-            outgoing.append(message)
+        addressed = [(c, self.fleet.devices[c].node_id, self.plans[c]) for c in clients]
+        assignments, outgoing = self._dispatch(server_round).training(
+            adapter, self.advance.folded, addressed, diagnosis
+        )
         merge = self.method.merge(adapter, derive(self.settings.run.seed, "merge", server_round))
         merge.tolerance = self.settings.server.merge_tolerance
         self._round = TrainingRound(server_round, merge, assignments, diagnosis, ScoreBook())
@@ -193,20 +169,10 @@ class HeterogeneousLora(Strategy):
 
     def evaluation_messages(self, server_round: int, adapter: Adapter) -> list[Message]:
         """Build one evaluation message, with the whole global adapter, for each client."""
-        record = messages.arrays_record(encode(adapter.state_dict(), self.settings.wire.dtype))
-        config = ConfigRecord({**self._config(server_round, adapter.scale)})
         seed = derive(self.settings.run.seed, "evaluate", server_round)
         clients = sample(self.plans, self.settings.server.clients_per_round, seed)
-        return [
-            messages.message(
-                RecordDict({"adapter": record, "plan": config}),
-                self.fleet.devices[client].node_id,
-                messages.EVALUATE,
-                server_round,
-                self.settings.server.round_timeout_seconds,
-            )
-            for client in clients
-        ]
+        nodes = [self.fleet.devices[client].node_id for client in clients]
+        return self._dispatch(server_round).evaluation(adapter, nodes)
 
     def state(self) -> dict[str, Any]:
         """All that the next rounds depend on beside the adapter and :meth:`tensors`, for JSON."""
@@ -270,34 +236,8 @@ class HeterogeneousLora(Strategy):
             self.settings.lora.rank, self.settings.lora.scale, self.settings.wire.dtype,
         )  # fmt: skip
 
-    def _arrives(self, adapter: Adapter) -> Adapter:
-        """An adapter after the wire type's rounding."""
-        state = round_trip(adapter.state_dict(), self.settings.wire.dtype)
-        return Adapter.from_state_dict(state, adapter.scale)
-
-    def _pack(self, share: Share, diagnosis: Diagnosis | None) -> Parcel:
-        """Encode a share, once for all clients that get the same."""
-        truncation = diagnosis.truncation(share, self.method.start.folds) if diagnosis else 0.0
-        arrays = encode(share.travels.state_dict(), self.settings.wire.dtype)
-        download = sum(array.nbytes for array in arrays.values())
-        return Parcel(share, messages.arrays_record(arrays), download, truncation)
-
-    def _assign(
-        self, client: str, plan: Plan, parcel: Parcel, server_round: int
-    ) -> tuple[Assignment, Message]:
-        """Address a client's share to it."""
-        node_id, share = self.fleet.devices[client].node_id, parcel.share
-        config = self._config(server_round, share.given.scale) | {"client": client}
-        content = RecordDict(
-            {"adapter": parcel.record, "plan": ConfigRecord({**config, **plan.to_dict()})}
-        )
-        ttl = self.settings.server.round_timeout_seconds
-        message = messages.message(content, node_id, messages.TRAIN, server_round, ttl)
-        download = parcel.bytes
-        return Assignment(client, node_id, plan, share.given, download, share.indices), message
-
-    def _config(self, server_round: int, scale: float) -> dict[str, int | float | str]:
-        return {"round": server_round, "scale": scale, "fingerprint": self.fingerprint}
+    def _dispatch(self, server_round: int) -> Dispatch:
+        return Dispatch(self.settings, self.method.start, self.fingerprint, server_round)
 
     def _judge(self, current: TrainingRound, assignment: Assignment, reply: Message) -> Outcome:
         if reply.has_error():

@@ -1,0 +1,119 @@
+"""Messages to the clients of one round: each share is encoded once for all who get the same."""
+
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from rankfit.adapters.state import Adapter
+from rankfit.adapters.wire import encode, round_trip
+from rankfit.configs.seeds import derive
+from rankfit.configs.settings import RunSettings
+from rankfit.estimator.plan import Plan
+from rankfit.strategies import messages
+from rankfit.strategies.diagnosis import Diagnosis
+from rankfit.strategies.replies import Assignment
+from rankfit.strategies.start import Share, Start
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A share as it is sent, its bytes of adapter, and how far it is from the whole adapter."""
+
+    share: Share
+    record: ArrayRecord
+    bytes: int
+    truncation: float
+
+
+class Dispatch:
+    """Addresses the messages of one round.
+
+    Parameters
+    ----------
+    settings : RunSettings
+        The run.
+    start : Start
+        What each client is given.
+    fingerprint : str
+        Of the base model; a client with another base refuses.
+    number : int
+        The round.
+    """
+
+    def __init__(self, settings: RunSettings, start: Start, fingerprint: str, number: int) -> None:
+        self._settings = settings
+        self._start = start
+        self._fingerprint = fingerprint
+        self._number = number
+        self._parcels: dict[object, Parcel] = {}
+
+    def training(
+        self,
+        adapter: Adapter,
+        folded: Adapter | None,
+        clients: list[tuple[str, int, Plan]],
+        diagnosis: Diagnosis | None,
+    ) -> tuple[list[Assignment], list[Message]]:
+        """One message for each (client, node id, plan), and what it asks for, in this order."""
+        sent = self._arrives(adapter)
+        behind = folded and self._arrives(folded)
+        assignments, outgoing = [], []
+        for client, node_id, plan in clients:
+            parcel = self._parcel(sent, behind, client, plan, diagnosis)
+            if diagnosis is not None:
+                diagnosis.start(parcel.truncation)
+            share = parcel.share
+            config = self._config(share.given.scale) | {"client": client}
+            record = ConfigRecord({**config, **plan.to_dict()})
+            content = RecordDict({"adapter": parcel.record, "plan": record})
+            outgoing.append(self._message(content, node_id, messages.TRAIN))
+            assignments.append(
+                Assignment(client, node_id, plan, share.given, parcel.bytes, share.indices)
+            )
+        return assignments, outgoing
+
+    def evaluation(self, adapter: Adapter, nodes: list[int]) -> list[Message]:
+        """One message for each node, with the whole adapter."""
+        arrays = encode(adapter.state_dict(), self._settings.wire.dtype)
+        record = messages.arrays_record(arrays)
+        config = ConfigRecord({**self._config(adapter.scale)})
+        return [
+            self._message(
+                RecordDict({"adapter": record, "plan": config}), node_id, messages.EVALUATE
+            )
+            for node_id in nodes
+        ]
+
+    def _parcel(
+        self,
+        sent: Adapter,
+        folded: Adapter | None,
+        client: str,
+        plan: Plan,
+        diagnosis: Diagnosis | None,
+    ) -> Parcel:
+        same = (tuple(plan.ranks.items()), plan.tail_rank)
+        key = (same, client) if self._start.draws else same
+        if key not in self._parcels:
+            seed = derive(self._settings.run.seed, "start", self._number, client)
+            share = self._start.share(sent, folded, plan, seed)
+            arrays = encode(share.travels.state_dict(), self._settings.wire.dtype)
+            self._parcels[key] = Parcel(
+                share,
+                messages.arrays_record(arrays),
+                sum(array.nbytes for array in arrays.values()),
+                diagnosis.truncation(share, self._start.folds) if diagnosis else 0.0,
+            )
+        return self._parcels[key]
+
+    def _arrives(self, adapter: Adapter) -> Adapter:
+        """An adapter after the wire type's rounding."""
+        state = round_trip(adapter.state_dict(), self._settings.wire.dtype)
+        return Adapter.from_state_dict(state, adapter.scale)
+
+    def _config(self, scale: float) -> dict[str, int | float | str]:
+        return {"round": self._number, "scale": scale, "fingerprint": self._fingerprint}
+
+    def _message(self, content: RecordDict, node_id: int, kind: str) -> Message:
+        ttl = self._settings.server.round_timeout_seconds
+        return messages.message(content, node_id, kind, self._number, ttl)
