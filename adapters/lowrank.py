@@ -139,16 +139,13 @@ def _by_square(matrix: Tensor, rank: int) -> Spectrum:
 
 def _leading(symmetric: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the ``rank`` largest eigenvalues, (n, rank), largest first."""
-    # LAPACK's subset driver is several times faster than all of torch.linalg.eigh; CPU only.
-    if symmetric.device.type == "cpu":
-        n = len(symmetric)
-        _, found = scipy.linalg.eigh(
-            symmetric.numpy(), subset_by_index=[max(n - rank, 0), n - 1], check_finite=False
-        )
-        ascending: Tensor = torch.from_numpy(found)
-        return ascending.flip(1)
-    _, vectors = torch.linalg.eigh(symmetric)
-    return vectors[:, -rank:].flip(1)
+    # LAPACK's subset driver is several times faster than all of torch.linalg.eigh.
+    n = len(symmetric)
+    _, found = scipy.linalg.eigh(
+        symmetric.numpy(), subset_by_index=[max(n - rank, 0), n - 1], check_finite=False
+    )
+    ascending: Tensor = torch.from_numpy(found)
+    return ascending.flip(1)
 
 
 def _from_right(right: Tensor, matrix: Operator) -> Spectrum:
