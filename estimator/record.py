@@ -26,6 +26,21 @@ WORKSPACE, SCRATCHPAD = "workspace", "scratch"
 #: Operators whose result is like their operands where these are alike. Torch's own computation of
 #: it, in Python, is a third of the time of a recording.
 ELEMENTWISE = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
+#: The same of one operand; what else they take is numbers.
+UNARY = frozenset(
+    {
+        aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default,
+        aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sqrt.default,
+        aten.rsqrt.default,
+    }
+)  # fmt: skip
+#: Operators of an optimizer that write where their first operand lies.
+IN_PLACE = frozenset(
+    {
+        aten.addcmul_.default, aten.addcdiv_.default, aten.lerp_.Scalar, aten.mul_.Tensor,
+        aten.add_.Tensor,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,10 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
         if self.spec.accelerator == "cuda" and func in MATMULS and self.phase not in self._threads:
             self._threads.add(self.phase)
             self._begin(Allocation(str(func), 1, (), WORKSPACE))
-        if func in ELEMENTWISE and _alike(args[0], args[1]):
+        if self.phase == "optimizer" and func in IN_PLACE and args[0].device.type == "meta":
+            return args[0]
+        other = args[1] if func in ELEMENTWISE else 1.0
+        if (func in ELEMENTWISE or func in UNARY) and _alike(args[0], other):
             func, args, kwargs = torch.empty_like, (args[0],), None
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if self.spec.accelerator == "cuda" and func in SCRATCH:
