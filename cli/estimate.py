@@ -5,15 +5,19 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from rankfit.cli import plots
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.report import DeviceReport
+
+if TYPE_CHECKING:
+    from rankfit.estimator.fit import Estimator
 
 MIB = 2**20
 
@@ -66,6 +70,9 @@ def estimate(
     upload_mbps: float = 0.0,
     download_mbps: float = 0.0,
     kind: Annotated[Kind | None, typer.Option(help="Default: the preset's task.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the first device: .svg, .png or .pdf.")
+    ] = None,
     form: Annotated[Format, typer.Option("--format", help="table, json or latex.")] = Format.TABLE,
 ) -> None:
     """Plan what devices can train: memory by component, largest rank, prices. Loads no weights."""
@@ -85,7 +92,10 @@ def estimate(
 
         reports = [device_report({}, settings, node_id=0)]
     try:
-        records = plan_records(settings, reports, None if kind is None else kind.value)
+        estimator = make_estimator(settings, None if kind is None else kind.value)
+        records = plan_records(estimator, reports)
+        if plot is not None:
+            plots.plot(estimator, reports[0], plot)
     except ValueError as error:  # a model or a step that cannot be estimated
         raise ConfigError(str(error)) from error
     write(form, records, "plans", _COLUMNS, [_row(record) for record in records])
@@ -152,25 +162,29 @@ def _report(name: str, entry: Mapping[str, Any]) -> DeviceReport:
         raise ConfigError(str(error)) from error
 
 
-def plan_records(
-    settings: RunSettings, reports: Sequence[DeviceReport], kind: str | None = None
-) -> list[dict[str, Any]]:
-    """Plan for each device as a record with kebab-case keys; figures in bytes."""
+def make_estimator(settings: RunSettings, kind: str | None = None) -> "Estimator":
+    """Estimator of a run from the model's config alone; its traces are kept on disk."""
     # Imported here: the other commands should not wait for torch.
-    from rankfit.estimator.fit import Estimate, Estimator
+    from rankfit.estimator.fit import Estimator
     from rankfit.estimator.store import TraceStore
     from rankfit.estimator.tracer import TraceCache
     from rankfit.tasks.models import load_config
 
     config = load_config(settings.model, labels=settings.data.classes or 2)
     of = kind or settings.task.kind
-    estimator = Estimator.for_run(
+    return Estimator.for_run(
         settings,
         config,
         _inputs(of, config.to_dict(), settings.data.max_length),
         traces=TraceCache(TraceStore()),
         kind=of,  # type: ignore[arg-type]
     )
+
+
+def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> list[dict[str, Any]]:
+    """Plan for each device as a record with kebab-case keys; figures in bytes."""
+    from rankfit.estimator.fit import Estimate
+
     records: list[dict[str, Any]] = []
     for report in reports:
         fit = estimator.fit(report)

@@ -14,8 +14,9 @@ def real_step(
     spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
 ) -> torch.nn.Module:
     """Build the adapted model of a step on the CPU, with random weights."""
-    model = build(spec, ranks, tail_ranks).to_empty(device="cpu")
-    model.base_model.model.tie_weights()  # to_empty unties them
+    adapted = build(spec, ranks, tail_ranks)
+    model: torch.nn.Module = adapted.to_empty(device="cpu")
+    adapted.base_model.model.tie_weights()  # to_empty unties them
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)

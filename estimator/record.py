@@ -23,6 +23,26 @@ class TraceError(ConfigError):
 WORKSPACE, SCRATCHPAD = "workspace", "scratch"
 
 
+#: Operators whose result is like their operands where these are alike. Torch's own computation of
+#: it, in Python, is a third of the time of a recording.
+ELEMENTWISE = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
+#: The same of one operand; what else they take is numbers.
+UNARY = frozenset(
+    {
+        aten.mul.Scalar, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default,
+        aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sqrt.default,
+        aten.rsqrt.default,
+    }
+)  # fmt: skip
+#: Operators of an optimizer that write where their first operand lies.
+IN_PLACE = frozenset(
+    {
+        aten.addcmul_.default, aten.addcdiv_.default, aten.lerp_.Scalar, aten.mul_.Tensor,
+        aten.add_.Tensor,
+    }
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Allocation:
     """One storage: who asked for it, its bytes, its shape; ``term`` if a calibration sizes it."""
@@ -88,6 +108,11 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
         if self.spec.accelerator == "cuda" and func in MATMULS and self.phase not in self._threads:
             self._threads.add(self.phase)
             self._begin(Allocation(str(func), 1, (), WORKSPACE))
+        if self.phase == "optimizer" and func in IN_PLACE and args[0].device.type == "meta":
+            return args[0]
+        other = args[1] if func in ELEMENTWISE else 1.0
+        if (func in ELEMENTWISE or func in UNARY) and _alike(args[0], other):
+            func, args, kwargs = torch.empty_like, (args[0],), None
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if self.spec.accelerator == "cuda" and func in SCRATCH:
             self._end(self._begin(Allocation(str(func), SCRATCH[func](args), (), SCRATCHPAD)))
@@ -119,6 +144,21 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
                 "the trace has no data to answer with, so its memory cannot be estimated"
             )
         return not self.spec.padded
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two operands have a result like the first: same layout and type, or a number."""
+    if not isinstance(one, torch.Tensor) or one.device.type != "meta" or not one.dim():
+        return False
+    if not one.is_floating_point() or not one.is_contiguous():
+        return False
+    if isinstance(other, torch.Tensor) and other.dim():
+        same_layout = other.shape == one.shape and other.stride() == one.stride()
+        return same_layout and other.dtype == one.dtype and other.device == one.device
+    # A number, or a tensor of no dimension, does not change the type of floating-point numbers.
+    return not (
+        isinstance(other, complex) or (isinstance(other, torch.Tensor) and other.is_complex())
+    )
 
 
 def record(

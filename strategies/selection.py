@@ -1,11 +1,15 @@
 """Who takes part in a round: the devices that are there, their plans, and the sample."""
 
+import logging
+
 from flwr.serverapp import Grid
 
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.plan import Plan
 from rankfit.strategies.fleet import Fleet, round_seed, sample, sample_by_weight
 from rankfit.strategies.planning import Planner
+
+log = logging.getLogger(__name__)
 
 
 class Selection:
@@ -50,10 +54,10 @@ class Selection:
         server = self._settings.server
 
         def ready() -> int:
+            self.fleet.renew(grid, server_round, self._pressed)
             self._plan(server_round)
-            return self._planner.able
+            return self._planner.able if self.plans else 0
 
-        self.fleet.renew(grid, server_round, self._pressed)
         self.fleet.wait(grid, server_round, ready, server.min_clients, server.wait_seconds)
         self._pressed -= set(self.plans)
 
@@ -61,7 +65,12 @@ class Selection:
         """Draw the clients of a round, after planning for what they have free now.
 
         Where one of them can no longer train anything, others are drawn; it is asked again before
-        the next round.
+        the next round. Where nobody can, memory has ``server.wait-seconds`` to come back.
+
+        Raises
+        ------
+        FleetError
+            If it does not.
         """
         seed = round_seed(self._settings.run.seed, server_round)
         clients = self._sample(seed)
@@ -74,12 +83,20 @@ class Selection:
                 had = set(self.plans)
                 self._plan(server_round)
                 self._pressed |= had - set(self.plans)
+                if not self.plans:
+                    self.prepare(grid, server_round)
                 clients = self._sample(seed)
         return clients
 
     def _plan(self, server_round: int) -> None:
         reports = {name: device.report for name, device in self.fleet.devices.items()}
-        self.plans = self._planner.plan_fleet(reports, server_round)
+        try:
+            self.plans = self._planner.plan_fleet(reports, server_round)
+        except ConfigError as error:
+            if server_round == 0:  # nothing has begun: the settings do not fit this fleet
+                raise
+            log.warning("round %d has to wait: %s", server_round, error)
+            self.plans = {}
 
     def _sample(self, seed: int) -> list[str]:
         count = self._settings.server.clients_per_round

@@ -5,8 +5,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rankfit.cli.estimate import latex, read_fleet
+from rankfit.cli.estimate import latex, make_estimator, read_fleet
 from rankfit.cli.main import app
+from rankfit.cli.plots import plot, rank_by_link, rank_by_memory
+from rankfit.configs.compose import compose
 from rankfit.configs.settings import ConfigError
 
 
@@ -121,3 +123,22 @@ def test_a_profile_of_terms_changes_the_estimate(tmp_path: Path):
         for extra in ((), (f"plan.calibration={profile}",))
     )
     assert plain - changed == 470 * 2**20
+
+
+def test_plots_of_rank_and_memory(tmp_path: Path):
+    out = tmp_path / "plots" / "quickstart.svg"
+    run("estimate", "quickstart", "--memory-mib", "5", "--plot", str(out))
+    assert out.read_text().count("<g") > 20
+    estimator = make_estimator(compose(["quickstart", "plan.search="]))
+    sizes, ranks = rank_by_memory(estimator, read_fleet(_fleet(tmp_path))[0])
+    assert sorted(ranks) == ranks and {ranks[0], ranks[-1]} == {0, 8}
+    speeds, bounds = rank_by_link(estimator)
+    assert sorted(bounds) == bounds and bounds[-1] == 8 and len(speeds) == len(bounds)
+    with pytest.raises(ConfigError, match="expected a file that ends in .svg"):
+        plot(estimator, read_fleet(_fleet(tmp_path))[0], tmp_path / "plot.txt")
+
+
+def _fleet(folder: Path) -> Path:
+    path = folder / "one.toml"
+    path.write_text("[[device]]\nmemory-mib = 16\n")
+    return path

@@ -139,6 +139,19 @@ def test_a_device_without_room_sits_out_a_round_and_comes_back(play: Any) -> Non
     assert all(o["merged"] for o in outcomes(folder, BOTH[0]))
 
 
+def test_a_round_waits_where_nobody_has_room(play: Any) -> None:
+    """Both devices are full when round 2 begins, and are free again two queries later."""
+    asked = dict.fromkeys(BOTH, 0)
+
+    def free(client: str, number: int) -> float:
+        asked[client] += number == 2
+        return 0.5 if number == 2 and asked[client] <= 2 else 16.0
+
+    folder, _ = play(free, held=lambda client, number: 16.0)
+    assert all(o["merged"] for client in BOTH for o in outcomes(folder, client))
+    assert len(lines(folder)) == 4 and min(asked.values()) >= 3
+
+
 def test_out_of_memory_falls_back_within_the_round_and_lowers_the_next_plan(play: Any) -> None:
     """Memory is taken after the query, every time: only the client's report can tell."""
     folder, _ = play(
