@@ -1,6 +1,7 @@
 """Merging one layer: RankFit's engine beside straightforward forms of what others do.
 
-``python benchmarks/merge.py [--quick] [--output FILE]``, one process, one thread, CPU seconds.
+``python benchmarks/merge.py [--shapes 3072x3072 …] [--clients 100 …]``, one process, one thread,
+CPU seconds; a part of the grid replaces its part of the results.
 Client ranks cycle through 4, 8, 16, 32, 64; the global rank is 64. Times include stacking.
 
 - dense: Σ w·B·A, then a full SVD (FlexLoRA).
@@ -189,27 +190,40 @@ def _line(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Run the grid, show the table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="no 4096, no 1000 clients")
+    parser.add_argument("--shapes", nargs="+", default=[f"{d}x{k}" for d, k in SHAPES])
+    parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console, results = Console(width=160), []
+    console = Console(width=160)
+    results = _before(options.output)
     table = Table("shape", "clients", "spectrum", *WAYS, "best peer / cold", "qr / cold", "excess")
-    for d, k in SHAPES:
-        for clients in CLIENTS:
-            if options.quick and (d > 3072 or clients > 100):
-                continue
+    for shape in options.shapes:
+        d, k = map(int, shape.split("x"))
+        for clients in options.clients:
             for spectrum in ("decaying", "flat"):
                 ways = measure(case(d, k, clients, spectrum))
-                results.append(
-                    {"d": d, "k": k, "clients": clients, "spectrum": spectrum, "ways": ways}
-                )
-                table.add_row(*_line(results[-1]))
-                console.print(" ".join(_line(results[-1])))
+                result = {"d": d, "k": k, "clients": clients, "spectrum": spectrum, "ways": ways}
+                results[_key(result)] = result
+                console.print(" ".join(_line(result)))
                 record = {"benchmark": "merge", "rank": RANK, "tolerance": TOLERANCE}
-                record |= machine("torch") | {"results": results}
+                record |= machine("torch") | {"results": [results[key] for key in sorted(results)]}
                 options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for key in sorted(results):
+        table.add_row(*_line(results[key]))
     console.print(table)
+
+
+def _key(result: dict[str, Any]) -> tuple[int, int, int, str]:
+    return result["d"], result["k"], result["clients"], result["spectrum"]
+
+
+def _before(path: Path) -> dict[tuple[int, int, int, str], dict[str, Any]]:
+    """Results of earlier runs, which a run of part of the grid leaves as they are."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {_key(result): result for result in found}
 
 
 if __name__ == "__main__":
