@@ -87,7 +87,7 @@ def commonsense(data: Path, work: Path) -> Case:
             "task.kind=causal-lm", "task.suite=commonsense", "task.evaluate=likelihood",
             f"model.source={folder}", f"data.source={data}", "data.train=commonsense_train",
             "data.test=commonsense_test", "data.label-column=task", "data.max-length=192",
-            "data.train-samples=2000", "data.test-samples=400", "lora.targets=all-linear",
+            "data.train-samples=1500", "data.test-samples=300", "lora.targets=all-linear",
             "lora.rank=8", "lora.alpha=16.0", "train.learning-rate=3e-3", "train.batch-size=16",
             "run.rounds=8", "server.evaluate-every=4", "server.evaluate-batch-size=64",
             "fleet.upload-mbps=1.2, 2.4, 8", "plan.upload-seconds=0.5", *_TEN,
@@ -113,7 +113,8 @@ def held_out(data: Path, work: Path, vit: Path) -> Case:
     return Case(
         (
             f"model.source={vit}", f"data.source={folder}", "lora.rank=8", "lora.alpha=16.0",
-            "train.learning-rate=3e-3", "train.batch-size=32", "run.rounds=6",
+            "train.learning-rate=3e-3", "train.batch-size=32", "run.rounds=8",
+            "data.train-samples=2400", "data.test-samples=800", "server.evaluate-every=4",
             "fleet.upload-mbps=0.4, 0.8, 4", "plan.upload-seconds=0.5", *_TEN,
         ),
         f"CIFAR-10, the {10 - seen} classes that the backbone has not seen",
