@@ -56,9 +56,14 @@ def save_model(
     layers: int = 2,
     heads: int = 4,
     positions: int = 512,
+    deviation: float = 0.02,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Save a Llama of random weights for a tokenizer."""
+    """Save a Llama of random weights for a tokenizer.
+
+    Of a ``deviation`` of 0.02, the usual one, frozen embeddings that are also the output layer give
+    logits that cannot be sure of anything; 0.1 is enough for adapters alone to learn.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -71,6 +76,7 @@ def save_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
+        initializer_range=deviation,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

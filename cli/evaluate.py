@@ -86,6 +86,8 @@ def by_client(saved: "SavedRun") -> dict[str, dict[str, float]]:
 
 
 def _whole(saved: "SavedRun", split: str) -> dict[str, float]:
+    if saved.settings.head.mode == "local":
+        raise ConfigError(f"{saved.path}: every client has its own head; measure with --clients")
     task = saved.task
     return saved.evaluator().on(saved.adapter, task.train if split == "train" else task.test)
 

@@ -246,6 +246,11 @@ class RunSettings(Table):
                 f"train.label-prior {self.train.label_prior}: only a classifier has a label prior; "
                 "set it to 0"
             )
+        if self.head.mode == "local" and self.server.evaluate == "server":
+            raise ValueError(
+                "head.mode local: the server has no head to evaluate with; set server.evaluate to "
+                "clients or none"
+            )
         if self.head.mode == "local" and self.head.modules == "" and self.task.kind == "causal-lm":
             raise ValueError(
                 "head.mode local: a language model has no classifier; name head.modules (lm_head)"

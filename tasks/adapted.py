@@ -95,10 +95,12 @@ def train_only(model: PeftModel, factor: str) -> None:
 
 
 def place(batch: Mapping[str, Tensor], model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Move a batch to a device; what is floating takes the number type of the model's base."""
+    """Move a batch to a device; floating inputs take the number type of the model's base."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return {
-        name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        name: tensor.to(device, dtype)
+        if tensor.is_floating_point() and name != "labels"
+        else tensor.to(device)
         for name, tensor in batch.items()
     }
 

@@ -115,6 +115,8 @@ def test_evaluate_client_by_client(runs: dict[str, Path], tmp_path: Path) -> Non
     assert set(found) == {"partition-0", "partition-1"}
     total = sum(one["examples"] for one in found.values())
     mean = sum(one["accuracy"] * one["examples"] for one in found.values()) / total
+    refused = call("evaluate", runs["personal"])
+    assert "measure with --clients" in str(refused.exception)
     assert total == 60 and mean == pytest.approx(final(runs["personal"])["accuracy"])
 
 

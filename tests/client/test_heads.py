@@ -85,7 +85,7 @@ def test_a_store_gives_the_newest_head_below_a_round(tmp_path: Path) -> None:
 
 
 def test_clients_never_share_a_store(tmp_path: Path) -> None:
-    settings = compose([f"run.directory={tmp_path}", "run.name=r", "head.mode=local"])
+    settings = compose([f"run.directory={tmp_path}", "run.name=r", *PERSONAL[:2]])
     stores = [
         HeadStore.of(settings, 0, None),
         HeadStore.of(settings, 1, None),
@@ -95,7 +95,7 @@ def test_clients_never_share_a_store(tmp_path: Path) -> None:
     ]
     assert len({store.folder for store in stores}) == 5
     assert all(store.folder.parent == tmp_path / "r" / "heads" for store in stores)
-    own = compose([f"head.directory={tmp_path / 'mine'}", "head.mode=local"])
+    own = compose([f"head.directory={tmp_path / 'mine'}", *PERSONAL[:2]])
     assert HeadStore.of(own, 2, None).folder == tmp_path / "mine" / "partition-2"
 
 
@@ -108,5 +108,5 @@ def test_other_modules_than_the_classifier_may_be_trained_whole() -> None:
     assert sum("modules_to_save" in n for n, p in peft.named_parameters() if p.requires_grad) == 4
     with pytest.raises(ModelError, match="'nonsense' is no module of ViT"):
         shared_heads(base, compose(["head.modules=nonsense"]).head)
-    local = compose(["head.mode=local"]).head
+    local = compose(PERSONAL[:2]).head
     assert shared_heads(base, local) == () and whole_modules(base, local) == ("classifier",)

@@ -6,6 +6,7 @@ and splits of the hub's repository.
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,10 +26,11 @@ from transformers import (
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.client.app import app as client_app
-from rankfit.configs.compose import compose
+from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import build
+from tests.conftest import ROOT
 from tests.tasks.test_commonsense import RECORDS, record
 
 WORDS = [
@@ -156,3 +158,12 @@ def test_a_papers_preset_builds_model_data_partition_and_plan(preset: str, tmp_p
     assert not head if frozen else head[-1].shape[0] == classes
     if classes:
         assert np.prod(held.shape) == clients * classes
+
+
+def test_the_guide_gives_the_command_of_every_preset() -> None:
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    parts = {"fslora", "hralora"}  # included by others; no task of their own
+    for name in set(preset_names()) - parts:
+        assert re.search(rf"\b{name}\b", text), name
+    for line in re.findall(r"^rankfit run (.*?)(?: +#.*)?$", text, re.MULTILINE):
+        compose(line.split())

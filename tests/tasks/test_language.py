@@ -266,7 +266,11 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         ({"task.metrics": "mcc, nonsense"}, "nonsense"),
         ({"task.kind": "causal-lm", "task.metrics": "f1"}, "none for causal-lm"),
         ({"task.kind": "causal-lm", "train.label-prior": 1.0}, "label prior"),
-        ({"task.kind": "causal-lm", "head.mode": "local"}, "head.modules"),
+        ({"head.mode": "local"}, "no head to evaluate with"),
+        (
+            {"task.kind": "causal-lm", "head.mode": "local", "server.evaluate": "none"},
+            "head.modules",
+        ),
         ({"partition.kind": "natural"}, "partition.column"),
     ):
         with pytest.raises(ConfigError, match=message):
