@@ -99,13 +99,7 @@ class HeterogeneousLora(Strategy):
         return self._selection.plans
 
     def prepare(self, grid: Grid, server_round: int) -> None:
-        """Wait for enough devices that can train, and plan for all of them.
-
-        Raises
-        ------
-        FleetError
-            If too few clients are there in time.
-        """
+        """Wait for enough devices that can train, and plan for all; see :class:`Selection`."""
         self._selection.prepare(grid, server_round)
 
     def open_round(self, server_round: int, adapter: Adapter, grid: Grid) -> list[Message]:
@@ -277,10 +271,9 @@ class HeterogeneousLora(Strategy):
     def _measured(self, assignment: Assignment, metrics: Metrics) -> Metrics:
         """Learn from the measured peak of an update; return its metrics with what was expected."""
         client, plan = assignment.client, assignment.plan
-        whole = not metrics.get("out-of-memory", 0)
-        if whole and metrics.get("peak-memory-bytes", 0) > 0:
-            self.planner.measured(client, plan, int(metrics["peak-memory-bytes"]))
-        if whole:
+        if not metrics.get("out-of-memory", 0):
+            if metrics.get("peak-memory-bytes", 0) > 0:
+                self.planner.measured(client, plan, int(metrics["peak-memory-bytes"]))
             self.planner.timed(client, plan, *spent(self.settings, metrics))
         kept = self.planner.kept_free(client)
         return {**metrics, "expected-peak-bytes": plan.peak_bytes, "kept-free-bytes": kept}
