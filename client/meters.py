@@ -24,6 +24,8 @@ class CudaMeter:
         allowed = total if cap_bytes is None else cap_bytes - self._context
         share = min(1.0, max(allowed, 0) / total)
         torch.cuda.set_per_process_memory_fraction(share, device)
+        # What an earlier client of this process left in the cache is not this one's.
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
