@@ -113,7 +113,7 @@ def held_out(data: Path, work: Path, vit: Path) -> Case:
     return Case(
         (
             f"model.source={vit}", f"data.source={folder}", "lora.rank=8", "lora.alpha=16.0",
-            "train.learning-rate=3e-3", "train.batch-size=32", "run.rounds=8",
+            "train.learning-rate=3e-3", "train.batch-size=32", "run.rounds=20",
             "data.train-samples=2400", "data.test-samples=800", "server.evaluate-every=4",
             "fleet.upload-mbps=0.4, 0.8, 4", "plan.upload-seconds=0.5", *_TEN,
         ),
