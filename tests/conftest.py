@@ -38,7 +38,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ProcessesTogether(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
-            return "processes" if file.startswith("tests/processes/") else file
+            if file.startswith("tests/processes/"):
+                return "processes"
+            # Whole runs of seconds each: dealt one by one, so that both workers end together.
+            return nodeid if file.startswith("tests/server/") else file
 
     return ProcessesTogether(config, log)
 

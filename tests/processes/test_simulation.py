@@ -12,7 +12,10 @@ import psutil
 import pytest
 
 from rankfit.cli.processes import end_marked, marked
+from rankfit.configs.compose import compose
+from rankfit.server.loop import federate
 from tests.processes.deployment import ENVIRONMENT, command
+from tests.server.federation import FaultyGrid
 from tests.server.test_loop import figures, lines
 
 pytestmark = pytest.mark.processes
@@ -48,10 +51,8 @@ def test_a_killed_simulation_resumes_with_the_figures_of_one_left_alone(
 ) -> None:
     # Enough rounds that the run is under way for seconds when it is killed after the second one.
     place = (f"run.directory={tmp_path}", f"run.rounds={ROUNDS}")
-    whole = rankfit(environment, "run", *SMALL, *place, "run.name=whole")
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    assert "PEFT adapter:" in whole.stdout
-    assert not marked(MARK, str(tmp_path)), "the command leaves no process behind"
+    whole = compose([*SMALL, *place, "run.name=whole"])
+    federate(FaultyGrid(whole, {}), whole)
 
     cut = subprocess.Popen(
         [command("rankfit"), "run", *SMALL, *place, "run.name=cut"],
@@ -67,6 +68,8 @@ def test_a_killed_simulation_resumes_with_the_figures_of_one_left_alone(
 
     resumed = rankfit(environment, "resume", str(tmp_path / "cut"))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "PEFT adapter:" in resumed.stdout
+    assert not marked(MARK, str(tmp_path)), "the command leaves no process behind"
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
 
@@ -104,7 +107,6 @@ def test_the_run_config_works_with_flwr_run_alone(
 ) -> None:
     """Without the command: the file that it would write, given to ``flwr run`` on its SuperLink."""
     from rankfit.cli.flower import app_directory, federation_config, local_superlink
-    from rankfit.configs.compose import compose
     from rankfit.configs.settings import to_flat
 
     settings = compose([*SMALL, f"run.directory={tmp_path}", "run.rounds=1"])
