@@ -91,5 +91,4 @@ class Given:
 
     def product(self) -> Factors:
         """The sum as one pair of factors."""
-        b = self._factors.b * self._weights.to(self._factors.b.dtype)
-        return Factors(b, self._factors.a)
+        return self._factors.weighted(self._weights)

@@ -5,7 +5,6 @@ for all owners of a module this is the plain average of that tensor over its own
 """
 
 import torch
-from torch import Tensor
 
 from rankfit.adapters.merge import Merge, Update, product_sums, scatter, zeros_like
 from rankfit.adapters.product import refactor
@@ -73,13 +72,10 @@ class OwnersProduct(Merge):
         for update in updates:
             factors = update.trained.factors[module]
             share = update.weight / weights[update.directions(module)]
-            total.add(_columns_times(factors, share), update.trained.scale / self.reference.scale)
-        kept = (weights == 0).double()
+            total.add(factors.weighted(share), update.trained.scale / self.reference.scale)
+        kept = weights == 0
         if bool(kept.any()):
-            total.add(_columns_times(own, kept), 1.0)
-        return refactor(total.spectrum(), own.rank, self._generator(module))
-
-
-def _columns_times(factors: Factors, values: Tensor) -> Factors:
-    """B·diag(values)·A as factors; in float64, as the sum that takes them."""
-    return Factors(factors.b.double() * values, factors.a.double())
+            total.add(own.weighted(kept), 1.0)
+        generator = self._generator(module)
+        spectrum = total.strongest(own.rank, self.tolerance, generator, start=own.a)
+        return refactor(spectrum, own.rank, generator)

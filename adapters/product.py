@@ -56,9 +56,9 @@ class ProductSum:
         """The sum as a (d, k) matrix in float64."""
         return self._operator().dense()
 
-    def spectrum(self) -> Spectrum:
-        """Exact decomposition of the sum, whole."""
-        return exact(self._operator(), min(self._d, self._k))
+    def spectrum(self, rank: int) -> Spectrum:
+        """Its ``rank`` strongest directions, exactly."""
+        return exact(self._operator(), min(rank, self._d, self._k))
 
     def strongest(
         self,

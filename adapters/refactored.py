@@ -38,4 +38,4 @@ class Refactored(Merge):
         own = self._merged.factors[module]
         total = ProductSum(own.b.shape[0], own.a.shape[1])
         total.add(own, 1.0)
-        return refactor(total.spectrum(), own.rank, self._generator(module))
+        return refactor(total.spectrum(own.rank), own.rank, self._generator(module))

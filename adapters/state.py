@@ -40,6 +40,10 @@ class Factors:
         """B·A, of shape (d, k)."""
         return self.b @ self.a
 
+    def weighted(self, values: Tensor) -> "Factors":
+        """B·diag(values)·A: each direction times its own number, values (r,)."""
+        return Factors(self.b * values.to(self.b.dtype), self.a)
+
     def cut(self, start: int, stop: int) -> "Factors":
         """Directions ``start`` to ``stop`` − 1 as factors of their own (copies)."""
         return Factors(self.b[:, start:stop].contiguous(), self.a[start:stop].contiguous())

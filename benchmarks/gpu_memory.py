@@ -32,11 +32,12 @@ from rich.table import Table
 
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.calibration import Calibration
+from rankfit.estimator.components import real_batch, real_step
 from rankfit.estimator.fit import Estimate, Estimator
 from rankfit.estimator.memory import Footprint
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.spec import InputSpec, StepSpec
-from rankfit.estimator.step import build, run_steps
+from rankfit.estimator.step import run_steps
 from rankfit.estimator.tracer import TraceCache
 
 MIB, GIB = 2**20, 2**30
@@ -172,33 +173,15 @@ def measure(case: Case, *, steps: int = 0, cap_bytes: int | None = None) -> dict
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total))
     torch.cuda.reset_peak_memory_stats()
     spec = spec_of(case)
-    model = build(spec, dict.fromkeys(spec.targets, case.rank)).to_empty(device="cuda")
-    model.base_model.model.tie_weights()  # to_empty unties them
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
-        for buffer in model.buffers():
-            buffer.zero_()
+    model = real_step(spec, dict.fromkeys(spec.targets, case.rank), device="cuda")
     for _ in range(max(1, -(-steps // 2))):
-        run_steps(spec, model, lambda: _batch(spec))
+        run_steps(spec, model, lambda: real_batch(spec, "cuda"))
     stats = torch.cuda.memory_stats()
     return {
         "live": stats["requested_bytes.all.peak"],
         "blocks": stats["allocated_bytes.all.peak"],
         "reserved": stats["reserved_bytes.all.peak"],
     }
-
-
-def _batch(spec: StepSpec) -> dict[str, torch.Tensor]:
-    batch = {
-        item.name: torch.zeros(
-            (spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype), device="cuda"
-        )
-        for item in spec.inputs
-    }
-    if "attention_mask" in batch:
-        batch["attention_mask"][:, :-3] = 1
-    return batch
 
 
 def hardware() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The components of a training step's memory, measured on real CPU tensors."""
+"""Real training steps on random weights, and the components of their memory on a CPU."""
 
 from collections.abc import Mapping
 
@@ -11,11 +11,14 @@ from rankfit.estimator.step import Phase, build, run_steps
 
 
 def real_step(
-    spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
+    spec: StepSpec,
+    ranks: Mapping[str, int],
+    tail_ranks: Mapping[str, int] | None = None,
+    device: str = "cpu",
 ) -> torch.nn.Module:
-    """Build the adapted model of a step on the CPU, with random weights."""
+    """Build the adapted model of a step on a device, with random weights."""
     adapted = build(spec, ranks, tail_ranks)
-    model: torch.nn.Module = adapted.to_empty(device="cpu")
+    model: torch.nn.Module = adapted.to_empty(device=device)
     adapted.base_model.model.tie_weights()  # to_empty unties them
     with torch.no_grad():
         for parameter in model.parameters():
@@ -25,10 +28,12 @@ def real_step(
     return model
 
 
-def real_batch(spec: StepSpec) -> dict[str, Tensor]:
+def real_batch(spec: StepSpec, device: str = "cpu") -> dict[str, Tensor]:
     """A batch of the spec's shapes; where texts may be padded, one is."""
     batch = {
-        item.name: torch.zeros((spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype))
+        item.name: torch.zeros(
+            (spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype), device=device
+        )
         for item in spec.inputs
     }
     if "attention_mask" in batch:

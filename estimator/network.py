@@ -80,11 +80,6 @@ class Payload:
         """Bytes of the trained head, whatever the rank."""
         return self.head_values * HEAD_BYTES[self.wire_dtype]
 
-    @property
-    def full_rank(self) -> int:
-        """Rank beyond which no module can learn more: the smallest min(d, k)."""
-        return min(min(shape) for shape in self.shapes.values())
-
     def bytes_per_rank(self, moves: Moves = "both") -> int:
         """Bytes of the factors that move, for one unit of rank in every module."""
         return sum(self.direction_bytes(module, moves) for module in self.shapes)

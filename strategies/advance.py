@@ -145,7 +145,7 @@ class Advance:
         factors = {}
         for module, own in old.factors.items():
             total = _dense_sum(moved[f"product/{module}"])
-            factors[module] = refactor(total.spectrum(), own.rank, self._generator())
+            factors[module] = refactor(total.spectrum(own.rank), own.rank, self._generator())
         head = {name: moved[f"head/{name}"] for name in old.head}
         return Adapter(factors, old.scale, head)
 
@@ -176,7 +176,7 @@ class Advance:
         total.add(own, weight)
         if other is not None:
             total.add(other, other_weight)
-        return refactor(total.spectrum(), rank, self._generator())
+        return refactor(total.spectrum(rank), rank, self._generator())
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(

@@ -97,10 +97,6 @@ class Allocation(ABC):
         """Say whether importance scores are measured before this round."""
         return False
 
-    def varies(self) -> bool:
-        """Say whether ranks may change from round to round on the same devices."""
-        return False
-
 
 def renewed(server_round: int, settings: RunSettings) -> bool:
     """Say whether a round begins a new period of ``method.renew-every`` rounds."""

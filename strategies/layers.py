@@ -105,10 +105,6 @@ class LayersByFisher(WholeLayers):
         """See the base class."""
         return renewed(server_round, settings)
 
-    def varies(self) -> bool:
-        """See the base class."""
-        return True
-
 
 class LayersByPattern(WholeLayers):
     """GD-HLA: the layers that are heaviest in ``method.pattern``."""
@@ -125,10 +121,6 @@ class LayersDrawnByPattern(WholeLayers):
         """See the base class."""
         weights = pattern_weights(choice.settings.method.pattern, len(choice.layers))
         return draw_layers(weights, count, choice.seed(client))
-
-    def varies(self) -> bool:
-        """See the base class."""
-        return True
 
 
 @dataclass(frozen=True)
@@ -157,10 +149,6 @@ class FisherShares(Allocation):
         """See the base class."""
         after = server_round - settings.method.warm_up_rounds
         return after >= 1 and renewed(after, settings)
-
-    def varies(self) -> bool:
-        """See the base class."""
-        return True
 
     @staticmethod
     def _client(choice: Choice, client: str, ratio: float) -> dict[int, int]:

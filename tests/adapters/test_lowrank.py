@@ -12,6 +12,7 @@ from rankfit.adapters.lowrank import exact, strongest
 from rankfit.adapters.operator import Dense, Operator, Spectrum, Stack
 from rankfit.adapters.product import ProductSum
 from rankfit.adapters.state import Factors
+from tests.adapters.oracle import best
 
 #: Of the exact routes: distance from the best approximation, relative to it.
 EXACT = 1e-5
@@ -23,11 +24,6 @@ ROUNDING = 1e-5
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def best(matrix: Tensor, rank: int) -> Tensor:
-    u, values, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return (u[:, :rank] * values[:rank]) @ vt[:rank]
 
 
 def product(found: Spectrum) -> Tensor:

@@ -23,6 +23,7 @@ from rankfit.adapters.merge import (
 from rankfit.adapters.owners import OwnersMean, OwnersProduct
 from rankfit.adapters.refactored import Refactored
 from rankfit.adapters.state import Adapter, Factors
+from tests.adapters.oracle import best
 
 D, K, R, SCALE = 14, 11, 6, 2.5
 RANKS, SAMPLES = (1, 2, 4, 6, 2), (30.0, 7.0, 11.0, 90.0, 50.0)
@@ -59,11 +60,6 @@ def run(kind: Callable[[Adapter, int], Merge], reference: Adapter, updates: list
 def dense(adapter: Adapter) -> Tensor:
     own = adapter.factors[M]
     return adapter.scale * own.b.double() @ own.a.double()
-
-
-def best(matrix: Tensor, rank: int) -> Tensor:
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Deep traces from shallow ones, to the event; and traces and replays that are kept."""
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -107,16 +109,22 @@ sizes_of = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(sizes_of, st.randoms(use_true_random=False), st.one_of(st.none(), st.integers(1, 200)))
 def test_the_replay_in_c_equals_the_one_in_python(sizes, random, cap_mib):
+    events = allocations(len(sizes), random)
+    cap = None if cap_mib is None else cap_mib * MIB
+    fast = in_c(sizes, events, cap)
+    assert fast == replay(sizes, events, cap)
+
+
+def allocations(count: int, random: Random) -> list[int]:
+    """Events that allocate blocks 0 to count − 1 and free some of them in between, at random."""
     events: list[int] = []
     live: list[int] = []
-    for index in range(len(sizes)):
+    for index in range(count):
         events.append(index)
         live.append(index)
         while live and random.random() < 0.5:
             events.append(-1 - live.pop(random.randrange(len(live))))
-    cap = None if cap_mib is None else cap_mib * MIB
-    fast = in_c(sizes, events, cap)
-    assert fast == replay(sizes, events, cap)
+    return events
 
 
 def in_c(sizes: list[int], events: list[int], cap: int | None) -> Replay:
@@ -129,13 +137,7 @@ def in_c(sizes: list[int], events: list[int], cap: int | None) -> Replay:
 @given(sizes_of, st.randoms(use_true_random=False), st.integers(1, 200))
 def test_a_replay_holds_for_every_cap_of_its_range(sizes, random, cap_mib):
     """What lets a fleet share replays: under the other caps the very same peaks come out."""
-    events: list[int] = []
-    live: list[int] = []
-    for index in range(len(sizes)):
-        events.append(index)
-        live.append(index)
-        while live and random.random() < 0.5:
-            events.append(-1 - live.pop(random.randrange(len(live))))
+    events = allocations(len(sizes), random)
     cap = cap_mib * MIB
     found = replay(sizes, events, cap)
     assert found.holds_under(cap)

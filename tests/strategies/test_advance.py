@@ -10,6 +10,7 @@ from rankfit.adapters.merge import AverageFactors, Merge, Update
 from rankfit.adapters.state import Adapter, Factors
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.strategies.advance import Advance
+from tests.adapters.oracle import best
 
 D, K, R, SCALE = 8, 6, 3, 2.0
 M = "layer.q"
@@ -35,11 +36,6 @@ def merged(kind: type[Merge], reference: Adapter, target: Adapter) -> Merge:
 def dense(value: Adapter) -> Tensor:
     own = value.factors[M]
     return value.scale * own.b.double() @ own.a.double()
-
-
-def best(matrix: Tensor, rank: int) -> Tensor:
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
 
 
 def steps(name: str, targets: list[Tensor], start: Tensor) -> list[Tensor]:
