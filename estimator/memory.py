@@ -97,7 +97,7 @@ class Footprint:
         """Peak of the training process in bytes, CUDA context included."""
         if not self.reserves:
             return self.live(ranks, tail_ranks)
-        context, cap = self.calibration.context, budget_bytes - self.calibration.context
+        context, cap = self.calibration.outside, budget_bytes - self.calibration.outside
         free = max(result.reserved for result in self.replays(ranks, tail_ranks))
         if 0 < cap < free:
             # Under a cap the allocator gives cached segments back, and may get by.
@@ -108,7 +108,7 @@ class Footprint:
 
     def holds(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> bool:
         """Say whether these ranks train within a budget."""
-        cap = budget_bytes - self.calibration.context
+        cap = budget_bytes - self.calibration.outside
         if cap <= 0 or self.live(ranks, tail_ranks) > cap:
             return False
         return not self.reserves or self._survives(ranks, tail_ranks, cap)
@@ -125,7 +125,7 @@ class Footprint:
         total_rank : int
             Rank of the trained adapter and the frozen tail together; 0 = no tail.
         """
-        cap = budget_bytes - self.calibration.context
+        cap = budget_bytes - self.calibration.outside
         candidates = np.flatnonzero(self._live_up_to(limit, total_rank) <= cap) + 1
         if not self.reserves:
             return int(candidates[-1]) if len(candidates) else 0
