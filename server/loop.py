@@ -30,12 +30,13 @@ from rankfit.strategies.catalogue import find
 from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.heterogeneous_lora import HeterogeneousLora
 from rankfit.strategies.method import configured
-from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
+from rankfit.strategies.outcome import Outcome, summarise
 from rankfit.strategies.planning import Planner
 from rankfit.tasks.adapted import head_tensors, target_shapes
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import fingerprint, load_base, shared_heads, target_modules
 from rankfit.tasks.partition import partition_of
+from rankfit.tasks.scores import pooled
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def _evaluate(
         if reply.has_error():
             log.warning("round %d: an evaluation failed: %s", number, messages.failure(reply))
     usable = [replies[p] for p in sorted(replies) if not replies[p].has_error()]
-    return weighted_mean(messages.metrics(reply) for reply in usable)
+    return pooled(messages.metrics(reply) for reply in usable)
 
 
 def _record(

@@ -28,11 +28,12 @@ from rankfit.strategies.diagnosis import Diagnosis
 from rankfit.strategies.dispatch import Dispatch
 from rankfit.strategies.fleet import Fleet, sample
 from rankfit.strategies.method import Method
-from rankfit.strategies.outcome import Outcome, spent, summarise, weighted_mean
+from rankfit.strategies.outcome import Outcome, spent, summarise
 from rankfit.strategies.planning import Planner
 from rankfit.strategies.replies import Assignment, BadUpdate, Metrics, read_update
 from rankfit.strategies.scores import ScoreBook
 from rankfit.strategies.selection import Selection
+from rankfit.tasks.scores import pooled
 
 log = logging.getLogger(__name__)
 
@@ -218,8 +219,8 @@ class HeterogeneousLora(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Average the clients' metrics, weighted by samples."""
-        total = weighted_mean(messages.metrics(r) for r in replies if not r.has_error())
+        """Pool the clients' metrics; see :func:`rankfit.tasks.scores.pooled`."""
+        total = pooled(messages.metrics(r) for r in replies if not r.has_error())
         return MetricRecord({**total}) if total else None
 
     def summary(self) -> None:
