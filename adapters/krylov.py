@@ -35,14 +35,14 @@ def iterated(
     """
     d, k = matrix.shape
     columns = min(rank + OVERSAMPLING, d, k)
-    kind = matrix.left.dtype if isinstance(matrix, Stack) else matrix.matrix.dtype
-    block = torch.randn(k, columns, generator=generator, dtype=kind)
+    like = matrix.left if isinstance(matrix, Stack) else matrix.matrix
+    block = torch.randn(k, columns, generator=generator).to(like)
     if start is not None:
-        known = start[:columns].to(kind).T
+        known = start[:columns].to(like).T
         block[:, : known.shape[1]] = torch.where(
             known.abs().amax(0) > 0, known, block[:, : known.shape[1]]
         )
-    fresh = torch.randn(k, PROBES, generator=generator, dtype=kind)
+    fresh = torch.randn(k, PROBES, generator=generator).to(like)
     right = orthonormal(block)  # (k, n): grows by a block at a time, as does left (d, n)
     both = matrix.times(torch.cat([right, fresh], 1))
     products, probes = both[:, :columns], both[:, columns:]  # M · right, and what random rows see
@@ -85,6 +85,8 @@ def _captured(products: Tensor, rank: int) -> float:
 
 def leading(symmetric: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the ``rank`` largest eigenvalues, (n, rank), largest first."""
+    if symmetric.is_cuda:
+        return torch.linalg.eigh(symmetric)[1][:, -rank:].flip(1)
     # LAPACK's subset driver is several times faster than all of torch.linalg.eigh.
     n = len(symmetric)
     _, vectors = scipy.linalg.eigh(

@@ -185,6 +185,8 @@ class Server(Table):
     #: Merges of products: by how much their error may exceed the best possible at the global rank,
     #: relative to it, where that is faster (0 = always exact).
     merge_tolerance: NonNegative = 0.005
+    #: Where products are merged: on the CPU, or on the server's first GPU.
+    merge_device: Literal["cpu", "cuda"] = "cpu"
     #: Decay of a moving average of the global adapter and head, which is then what is evaluated
     #: and exported (0 = none).
     average: Share = 0.0

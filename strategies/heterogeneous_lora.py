@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -20,7 +21,7 @@ from rankfit.adapters.merge import Merge
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import decode, encode
 from rankfit.configs.seeds import derive
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.plan import Plan
 from rankfit.strategies import messages
 from rankfit.strategies.advance import Advance
@@ -78,6 +79,8 @@ class HeterogeneousLora(Strategy):
         fingerprint: str,
         scorer: Scorer,
     ) -> None:
+        if settings.server.merge_device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("server.merge-device is 'cuda', but torch finds no GPU here")
         self.settings = settings
         self.method = method
         self.planner = planner
@@ -123,6 +126,7 @@ class HeterogeneousLora(Strategy):
         )
         merge = self.method.merge(adapter, derive(self.settings.run.seed, "merge", server_round))
         merge.tolerance = self.settings.server.merge_tolerance
+        merge.device = torch.device(self.settings.server.merge_device)
         self._round = TrainingRound(server_round, merge, assignments, diagnosis, ScoreBook())
         return outgoing
 
