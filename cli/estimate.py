@@ -231,7 +231,7 @@ def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> lis
 
 def _rejected(estimator: Any, report: DeviceReport, steps: Sequence[Any]) -> list[dict[str, Any]]:
     """Steps of the search that were too large, with the bytes that the least rank takes there."""
-    needs = estimator.needs(report, budget_bytes=report.budget_bytes) if steps else {}
+    needs = estimator.needs(report) if steps else {}
     return [{"step": str(step), "needs-bytes": needs[step]} for step in steps]
 
 

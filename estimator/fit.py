@@ -198,12 +198,13 @@ class Estimator:
             ranks = dict.fromkeys(self.spec.targets, rank)
             plan = self._plan(report, terms, step, ranks, total, budget)
             footprint = self.footprint(report, step, None, total > 0, terms)
-            split = footprint.breakdown(rank, max(0, total - rank))
+            allocator = max(1, budget - terms.context)
+            split = footprint.breakdown(rank, max(0, total - rank), cap_bytes=allocator)
             plan = replace(plan, binding=bounds.binding(most))
             return Estimate(report.client, plan, bounds, split, tuple(self.steps[:position]))
         if late is not None and pace is not None:
             return too_late(report, settings, self.work(late), pace)
-        needs = self.needs(report, calibration=terms, budget_bytes=budget)
+        needs = self.needs(report, calibration=terms)
         return too_large(report, least, needs, report.budget_bytes - budget)
 
     def work(self, step: Step) -> Work:
@@ -227,18 +228,12 @@ class Estimator:
         return self.work(step).flops(even_rank(plan.ranks, self.payload.shapes))
 
     def needs(
-        self,
-        report: DeviceReport,
-        *,
-        calibration: Calibration | None = None,
-        budget_bytes: int = 2**62,
+        self, report: DeviceReport, *, calibration: Calibration | None = None
     ) -> dict[Step, int]:
-        """Bytes that the least rank takes on a device, in each step of the search."""
+        """Least bytes in which the least rank trains on a device, in each step of the search."""
         least = self.settings.plan.min_rank
         return {
-            step: self.footprint(report, step, calibration=calibration).expected(
-                least, 0, budget_bytes
-            )
+            step: self.footprint(report, step, calibration=calibration).needed(least)
             for step in self.steps
         }
 
@@ -291,6 +286,8 @@ class Estimator:
             self._footprints[key] = Footprint(traces, terms)
         if ranks is None:
             self._whole[whole] = self._footprints[key]
+            cap = self.settings.lora.rank
+            self._footprints[key].prepare(cap - 1 if tail else cap, cap if tail else 0)
         return self._footprints[key]
 
     def _budget(self, report: DeviceReport) -> int:

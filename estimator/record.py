@@ -179,7 +179,7 @@ def record(
     recorder.baseline(model)
     trained = [recorder.index(p) for p in model.parameters() if p.requires_grad]
     try:
-        with _collector_paused(), kernels(spec.accelerator), recorder:
+        with collector_paused(), kernels(spec.accelerator), recorder:
             optimizer = run_steps(spec, model, lambda: meta_batch(spec), recorder.enter)
     except (NotImplementedError, RuntimeError) as error:
         if not isinstance(error, NotImplementedError) and "fake impl" not in str(error):
@@ -200,7 +200,7 @@ def record(
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Keep the garbage collector from releasing tensors at a moment that differs between runs."""
     was_enabled = gc.isenabled()
     gc.disable()
