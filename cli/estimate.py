@@ -196,7 +196,7 @@ def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> lis
                     "binding": fit.binding,
                     "needs-bytes": fit.needs_bytes,
                     "budget-bytes": fit.budget_bytes,
-                    "rejected": _rejected(estimator, report, estimator.steps)
+                    "rejected": _rejected(estimator, report, estimator.steps_on(report))
                     if fit.binding == "memory"
                     else [],
                 }
@@ -204,7 +204,7 @@ def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> lis
             continue
         footprint = estimator.footprint(
             report,
-            next(step for step in estimator.steps if _same_step(step, fit.plan)),
+            next(step for step in estimator.steps_on(report) if _same_step(step, fit.plan)),
             fit.plan.ranks,
         )
         records.append(

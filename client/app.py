@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.device import Held, device_report
 from rankfit.client.request import Answer, Kind, Request
 from rankfit.configs.settings import RunSettings, from_flat
@@ -144,7 +145,23 @@ def _order(context: Context) -> "Order | None":
         supernode=Watched.of(os.getppid()),
         settings=settings,
         data_path=_data_path(context),
+        group=_group(context),
     )
+
+
+def _group(context: Context) -> DataParallel:
+    """What the node's ``accelerate-config`` asks for."""
+    path = context.node_config.get("accelerate-config")
+    if path is None:
+        return DataParallel()
+    settings = _settings(context)
+    group = DataParallel.of_file(Path(str(path)).expanduser(), settings.train.autocast)
+    if group.size > 1 and not _warm(settings, context):
+        raise ValueError(
+            f"accelerate-config {path} asks for {group.size} processes, which only a worker starts "
+            "(docs/warm-client.md); client.warm is 'off', or Flower keeps one from running here"
+        )
+    return group
 
 
 def _settings(context: Context) -> RunSettings:
@@ -153,7 +170,11 @@ def _settings(context: Context) -> RunSettings:
 
 def _report(context: Context, worker: Held | None = None) -> DeviceReport:
     return device_report(
-        context.node_config, _settings(context), node_id=context.node_id, worker=worker
+        context.node_config,
+        _settings(context),
+        node_id=context.node_id,
+        worker=worker,
+        group=_group(context),
     )
 
 

@@ -6,8 +6,9 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.host import Memory, host_memory, processor_name
-from rankfit.client.nvml import Gpu, NoGpu, find_gpu
+from rankfit.client.nvml import Gpu, NoGpu, find_gpu, find_gpus
 from rankfit.configs.settings import Fleet, RunSettings, Scalar, split_numbers
 from rankfit.estimator.report import Accelerator, DeviceReport, Source
 
@@ -52,6 +53,7 @@ def device_report(
     node_id: int,
     samples: int = -1,
     worker: Held | None = None,
+    group: DataParallel | None = None,
 ) -> DeviceReport:
     """Measure this client's device, or take what its node config or the fleet declares.
 
@@ -71,16 +73,20 @@ def device_report(
         Training samples held (−1 = not counted).
     worker : Held or None
         The process that keeps this client's model on the GPU: what it holds is free for it.
+    group : DataParallel or None
+        Where several GPUs train for this client; a declared memory is then that of each.
 
     Raises
     ------
     ValueError
         For a declared figure that is not a number above 0, a bad ``partition-id`` or
-        ``client-name``, or GPUs between which only CUDA's own order decides. The absence or the
-        failure of a GPU never raises: it is reported as a CPU with the reason in ``note``.
+        ``client-name``, GPUs between which only CUDA's own order decides, or fewer GPUs than a
+        group asks for. The absence or the failure of the one GPU never raises: it is reported as a
+        CPU with the reason in ``note``.
     """
     profile = _declared(node_config, settings.fleet)
-    device = _physical(worker or Held(os.getpid(), 0))
+    own = worker or Held(os.getpid(), 0)
+    device = _of_group(own, group) if group and group.size > 1 else _physical(own)
     memory, source, note = _budget(device, profile.memory_mib)
     return DeviceReport(
         client=_client_name(node_config, device.uuid, node_id),
@@ -97,7 +103,26 @@ def device_report(
         upload_mbps=profile.upload_mbps,
         download_mbps=profile.download_mbps,
         samples=samples,
+        group_size=group.size if group else 1,
     )
+
+
+def _of_group(own: Held, group: DataParallel) -> _Device:
+    """The tightest of a group's GPUs with the UUIDs of all; on the CPU, a share of the memory."""
+    if group.cpu:
+        has = host_memory()
+        each = Memory(has.total_bytes // group.size, has.free_bytes // group.size)
+        note = f"the memory of one of {group.size} processes"
+        return _Device("cpu", processor_name(), "", "", each, -1, "ram", note)
+    environment = dict(os.environ)
+    if group.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = group.gpus
+    gpus = find_gpus(environment, own.pid, group.size)
+    if isinstance(gpus, NoGpu):
+        raise ValueError(f"accelerate-config asks for {group.size} GPUs: {gpus.reason}")
+    devices = [_of_gpu(gpu, own.gpu_bytes) for gpu in gpus]
+    tightest = min(devices, key=lambda device: device.memory.free_bytes)
+    return replace(tightest, uuid=",".join(device.uuid for device in devices))
 
 
 def _physical(own: Held) -> _Device:
@@ -105,7 +130,11 @@ def _physical(own: Held) -> _Device:
     gpu = find_gpu(os.environ, own.pid)
     if isinstance(gpu, NoGpu):
         return _Device("cpu", processor_name(), "", "", host_memory(), -1, "ram", gpu.reason)
-    memory, source, note = _gpu_memory(gpu, own.gpu_bytes)
+    return _of_gpu(gpu, own.gpu_bytes)
+
+
+def _of_gpu(gpu: Gpu, own_bytes: int) -> _Device:
+    memory, source, note = _gpu_memory(gpu, own_bytes)
     return _Device(
         "cuda", gpu.name, gpu.uuid, gpu.compute_capability, memory, gpu.processes, source, note
     )

@@ -13,15 +13,15 @@ from rankfit.estimator.live import LiveMemory
 class CudaMeter:
     """Peak of device memory of the process, under a cap that it enforces.
 
-    Both are what decides out of memory: what the caching allocator reserves, and the CUDA context
-    outside of it, which the cap of the allocator must leave room for.
+    Both are what decides out of memory: what the caching allocator reserves, and what is outside of
+    it (CUDA's context, NCCL's buffers), which the cap of the allocator must leave room for.
     """
 
-    def __init__(self, device: torch.device, cap_bytes: int | None) -> None:
+    def __init__(self, device: torch.device, cap_bytes: int | None, group_size: int = 1) -> None:
         self._device = device
         total = torch.cuda.get_device_properties(device).total_memory
-        self._context = Calibration.cuda().context
-        allowed = total if cap_bytes is None else cap_bytes - self._context
+        self._outside = Calibration.cuda(group_size=group_size).outside
+        allowed = total if cap_bytes is None else cap_bytes - self._outside
         share = min(1.0, max(allowed, 0) / total)
         torch.cuda.set_per_process_memory_fraction(share, device)
         # What an earlier client of this process left in the cache is not this one's.
@@ -38,7 +38,7 @@ class CudaMeter:
 
     def peak(self) -> int:
         """Largest bytes so far."""
-        return int(torch.cuda.max_memory_reserved(self._device)) + self._context
+        return int(torch.cuda.max_memory_reserved(self._device)) + self._outside
 
 
 class LiveMeter:
@@ -88,8 +88,9 @@ def meter_of(
     cap_bytes: int | None,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    group_size: int = 1,
 ) -> CudaMeter | LiveMeter:
-    """The meter of a training device, under a cap in bytes (None = none)."""
+    """The meter of a training device, alone or in a group, under a cap in bytes (None = none)."""
     if device.type == "cuda":
-        return CudaMeter(device, cap_bytes)
+        return CudaMeter(device, cap_bytes, group_size)
     return LiveMeter(cap_bytes, model, optimizer)

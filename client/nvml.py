@@ -103,6 +103,34 @@ def find_gpu(environment: Mapping[str, str], process: int) -> Gpu | NoGpu:
             pynvml.nvmlShutdown()
 
 
+def find_gpus(environment: Mapping[str, str], process: int, count: int) -> list[Gpu] | NoGpu:
+    """Measure the first ``count`` whole GPUs that CUDA would show; see :func:`find_gpu`."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return NoGpu(_explain(error))
+    try:
+        uuids = [_list(index).uuid for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError as error:
+        return NoGpu(_explain(error))
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+    first = find_gpu(environment, process)  # refuses what only CUDA's order decides
+    order = visible_devices(environment.get("CUDA_VISIBLE_DEVICES"), uuids)
+    if isinstance(first, NoGpu) or len(order) < count:
+        reason = first.reason if isinstance(first, NoGpu) else f"{len(order)} GPUs are visible"
+        return NoGpu(reason)
+    found = []
+    for index in order[:count]:
+        name = index if isinstance(index, str) else uuids[index]
+        gpu = find_gpu({"CUDA_VISIBLE_DEVICES": name}, process)
+        if isinstance(gpu, NoGpu):
+            return gpu
+        found.append(gpu)
+    return found
+
+
 def visible_devices(text: str | None, uuids: Sequence[str]) -> tuple[int | str, ...]:
     """What ``CUDA_VISIBLE_DEVICES`` leaves visible, in CUDA's order.
 

@@ -27,10 +27,12 @@ def perform(workspace: Workspace, request: Request) -> Answer:
         workspace.load()
         workspace.samples(request.partition, request.partitions)
         return Answer()
-    workspace.check_base(str(request.plan["fingerprint"]))
     if request.kind == "train":
-        return _train(workspace, request)
+        with workspace.group.meeting():
+            workspace.check_base(str(request.plan["fingerprint"]))
+            return _train(workspace, request)
     if request.kind == "evaluate":
+        workspace.check_base(str(request.plan["fingerprint"]))
         return _evaluate(workspace, request)
     raise ValueError(f"nothing is known of a request of kind {request.kind!r}")
 

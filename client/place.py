@@ -17,9 +17,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.request import Request
 from rankfit.client.watched import Watched
 from rankfit.configs.settings import RunSettings, from_flat, to_flat
@@ -47,6 +48,8 @@ class Order:
         The run.
     data_path : str or None
         The node's own data folder.
+    group : DataParallel
+        The processes that train together.
     """
 
     run_id: int
@@ -54,6 +57,7 @@ class Order:
     supernode: Watched
     settings: RunSettings
     data_path: str | None
+    group: DataParallel = field(default_factory=DataParallel)
 
     @property
     def node_key(self) -> str:
@@ -114,6 +118,7 @@ class Place:
             "supernode": asdict(order.supernode),
             "settings": to_flat(order.settings),
             "data-path": order.data_path,
+            "group": asdict(order.group),
             "token": start.token,
             "log": str(start.log),
             "prefetch": start.prefetch.header() if start.prefetch else None,
@@ -129,6 +134,7 @@ class Place:
             Watched(**record["supernode"]),
             from_flat(record["settings"]),
             record["data-path"],
+            DataParallel(**record["group"]),
         )
         prefetch = Request.from_header(record["prefetch"], {}) if record["prefetch"] else None
         return Start(order, record["token"], Path(record["log"]), prefetch)

@@ -108,6 +108,7 @@ def train(workspace: Workspace, job: Job) -> Trained:
             state, metrics = _attempt(workspace, job, plan)
             break
         except torch.OutOfMemoryError as error:
+            workspace.group.fail(error)
             smaller = fall_back(plan)
             if smaller is None:
                 raise
@@ -191,7 +192,13 @@ def _attempt(
             load_adapter(model, tail, TAIL)
         if plan.moves != "both":
             train_only(model, plan.moves)
-        scores = _scores(workspace, job, model) if "scores" in plan.extras else {}
+        if not workspace.group.leads:  # else all processes would drop out alike
+            own_seed = derive(
+                settings.run.seed, "train", job.round, job.client, workspace.group.rank
+            )
+            torch.manual_seed(own_seed)
+        wanted = "scores" in plan.extras and workspace.group.leads
+        scores = _scores(workspace, job, model) if wanted else {}
         parameters = _trained_parameters(model)
         decay = _rank_decay(settings, plan, parameters)
         penalties = [*_proximal(settings, given, parameters), *decay]
@@ -199,7 +206,7 @@ def _attempt(
             metrics = _fit(workspace, job, plan, model, penalties)
         trained = {n: t.detach().cpu().clone() for n, t in read_state(model).items()}
         state = {n: t for n, t in trained.items() if n in travels}
-        if job.own_head is not None:
+        if job.own_head is not None and workspace.group.leads:
             job.own_head.save(job.round, Adapter.from_state_dict(trained, given.scale).head)
         if any(term.prunes() for term in decay):
             metrics |= {"pruned": 1, "rank-cap": decay[0].keep}
@@ -260,23 +267,26 @@ def _fit(
     workspace: Workspace, job: Job, plan: Plan, model: PeftModel, penalties: Sequence[Penalty]
 ) -> dict[str, int | float]:
     """Run the optimizer steps of one round; the gradient of a step is the mean over its batch."""
-    settings = workspace.settings
+    settings, group = workspace.settings, workspace.group
     accelerator = Accelerator(cpu=workspace.device.type == "cpu")
     trained = [p for p in model.parameters() if p.requires_grad]
     rate, loss_of = learning_rate(settings, job.round), _loss(workspace, job)
-    model, optimizer = accelerator.prepare(model, make_optimizer(settings, trained, rate))
+    # evaluation_mode: the group adds up the gradients, not DistributedDataParallel.
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(settings, trained, rate))
     model.train()
     called = model
     if settings.train.compile:
         called = cast(nn.Module, torch.compile(model, backend=settings.train.compile))
-    meter = meter_of(workspace.device, job.cap_bytes, model, optimizer)
+    meter = meter_of(workspace.device, job.cap_bytes, model, optimizer, group.size)
     loss_sum, seen, steps = 0.0, 0, 0
     for batch in _batches(settings, job):
         # Encoded before the step: what the data set itself holds is no memory of the step.
-        waiting = [workspace.task.train.collate(part) for part in chunks(batch, plan.micro_batch)]
+        own = group.share(batch)
+        waiting = [workspace.task.train.collate(part) for part in chunks(own, plan.micro_batch)]
         waiting.reverse()
         counts = [learnt(inputs["labels"]) for inputs in waiting]
-        total = sum(counts)
+        (total,) = group.agree(sum(counts))
         with meter.step():
             while waiting:
                 inputs, count = waiting.pop(), counts.pop()
@@ -289,18 +299,23 @@ def _fit(
                 accelerator.backward(loss * (count / total))
                 loss_sum += float(loss.detach()) * count
                 del loss, inputs
+            group.agree()
+            group.add_gradients(trained)
             add_all(penalties)
             if settings.train.max_grad_norm:
                 accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         seen, steps = seen + total, steps + 1
+    (loss_sum,) = group.agree(loss_sum)
+    peak = group.largest(meter.peak())
+    group.part()
     return {
         "num-examples": len(job.samples),
         "train-loss": loss_sum / max(1, seen),
         "steps": steps,
         "learning-rate": rate,
-        "peak-memory-bytes": meter.peak(),
+        "peak-memory-bytes": peak,
     }
 
 

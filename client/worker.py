@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankfit.client.crew import Crew, grouped
 from rankfit.client.frames import (
     Closed,
     FrameError,
@@ -57,6 +58,7 @@ class Worker:
     def __init__(self, place: Place, start: Start, life: Life) -> None:
         self._place, self._start, self._life = place, start, life
         self._workspace: Workspace | None = None
+        self._crew: Crew | None = None
         self._context_bytes = 0
 
     def prefetch(self, request: Request) -> None:
@@ -130,13 +132,17 @@ class Worker:
             return Answer()
         # Here, not above: torch, transformers, peft and accelerate take seconds to import.
         from rankfit.client.perform import perform
-        from rankfit.client.workspace import workspace
 
+        order = self._start.order
+        if self._crew is None and order.group.size > 1:
+            self._crew = Crew(self._place, order, self._life.end)
         if self._workspace is None:
             before = _free_gpu_bytes()
-            self._workspace = workspace(self._start.order.settings, self._start.order.data_path)
+            self._workspace = grouped(order)
             self._workspace.open_device()
             self._context_bytes = max(before - _free_gpu_bytes(), 0)
+        if self._crew is not None:
+            self._crew.tell(request)
         self._workspace.unpark()
         return perform(self._workspace, request)
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from rankfit.client.group import Group
 from rankfit.client.heads import HeadStore
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.catalogue import load_task
@@ -39,10 +40,13 @@ class Workspace:
         The run.
     data_path : str or None
         The node's own data folder, where it has one.
+    group : Group
+        The processes that train together.
     """
 
     settings: RunSettings
     data_path: str | None
+    group: Group = field(default_factory=Group.alone)
     _partitions: dict[int, list[NDArray[np.int64]]] = field(default_factory=dict)
 
     @cached_property
@@ -67,10 +71,10 @@ class Workspace:
     def _quantized(self) -> bool:
         return self.settings.model.quantization != "none"
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
-        """The first visible GPU, or the CPU."""
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """Where this process trains."""
+        return self.group.device
 
     @cached_property
     def heads(self) -> tuple[str, ...]:

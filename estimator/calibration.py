@@ -39,6 +39,11 @@ TERMS = {
         ),
         Term("attention-scratch", 1, "kernel sources of flash and efficient attention backward"),
         Term("cuda-context", 470 * MIB, "reports of 430 MB; until measured by NVML"),
+        Term(
+            "nccl-communicator",
+            688 * MIB,
+            "github.com/NVIDIA/nccl/issues/964: all-reduce of 4 A100s (544 of 2); a group's only",
+        ),
     )
 }
 
@@ -55,11 +60,14 @@ class Calibration:
         Times the scratch bytes of attention's backward kernel (0 = leave it out).
     context : int
         Bytes of the CUDA context, outside the allocator.
+    communicator : int
+        Bytes that NCCL takes, outside the allocator, where several GPUs train together.
     """
 
     cublas_workspace: int = 0
     attention_scratch: int = 0
     context: int = 0
+    communicator: int = 0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -71,11 +79,16 @@ class Calibration:
         """Terms for a device; a CPU has none. ``CUBLAS_WORKSPACE_CONFIG`` is honoured."""
         if report.accelerator == "cpu":
             return cls()
-        return cls.cuda(report.compute_capability)
+        return cls.cuda(report.compute_capability, report.group_size)
+
+    @property
+    def outside(self) -> int:
+        """Bytes outside the allocator."""
+        return self.context + self.communicator
 
     @classmethod
-    def cuda(cls, compute_capability: str = "") -> Self:
-        """Terms for a GPU of a compute capability ("9.0"; "" = not known)."""
+    def cuda(cls, compute_capability: str = "", group_size: int = 1) -> Self:
+        """Terms for a GPU of a compute capability ("9.0"; "" = not known), alone or in a group."""
         sm90 = compute_capability.partition(".")[0] == "9"
         default = TERMS["cublas-workspace-sm90" if sm90 else "cublas-workspace"].value
         configured = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
@@ -83,6 +96,7 @@ class Calibration:
             cublas_workspace=default if configured is None else workspace_bytes(configured),
             attention_scratch=TERMS["attention-scratch"].value,
             context=TERMS["cuda-context"].value,
+            communicator=TERMS["nccl-communicator"].value if group_size > 1 else 0,
         )
 
 

@@ -82,11 +82,22 @@ class Estimator:
         self.phases = tuple(phases)
         self.profile = Profile.load(settings.plan.calibration)
         self.steps = steps(settings, can_checkpoint=can_checkpoint)
+        self._can_checkpoint = can_checkpoint
+        self._group_steps = {1: self.steps}
         self.traces = TraceCache() if traces is None else traces
         self._footprints: dict[tuple[StepSpec, Calibration], Footprint] = {}
         self._works: dict[bool, Work] = {}
         #: The same where every module has an adapter, without the cost of a spec for each device.
         self._whole: dict[tuple[str, Step, bool, Calibration], Footprint] = {}
+
+    def steps_on(self, report: DeviceReport) -> list[Step]:
+        """Steps of the search on a device, in their order; ``steps`` are those of one process."""
+        size = report.group_size
+        if size not in self._group_steps:
+            self._group_steps[size] = steps(
+                self.settings, can_checkpoint=self._can_checkpoint, group_size=size
+            )
+        return self._group_steps[size]
 
     @classmethod
     def for_run(
@@ -185,7 +196,8 @@ class Estimator:
             return too_slow(report, settings, self.payload, self.phases, upload)
         tail = settings.method.tail and (download is None or download >= cap)
         late: Step | None = None
-        for position, step in enumerate(self.steps):
+        ways = self.steps_on(report)
+        for position, step in enumerate(ways):
             time = self.time_bound(step, pace)
             if time is not None and time < least:
                 late = late or step
@@ -198,10 +210,10 @@ class Estimator:
             ranks = dict.fromkeys(self.spec.targets, rank)
             plan = self._plan(report, terms, step, ranks, total, budget)
             footprint = self.footprint(report, step, None, total > 0, terms)
-            allocator = max(1, budget - terms.context)
+            allocator = max(1, budget - terms.outside)
             split = footprint.breakdown(rank, max(0, total - rank), cap_bytes=allocator)
             plan = replace(plan, binding=bounds.binding(most))
-            return Estimate(report.client, plan, bounds, split, tuple(self.steps[:position]))
+            return Estimate(report.client, plan, bounds, split, tuple(ways[:position]))
         if late is not None and pace is not None:
             return too_late(report, settings, self.work(late), pace)
         needs = self.needs(report, calibration=terms)
@@ -234,7 +246,7 @@ class Estimator:
         least = self.settings.plan.min_rank
         return {
             step: self.footprint(report, step, calibration=calibration).needed(least)
-            for step in self.steps
+            for step in self.steps_on(report)
         }
 
     def lower(self, report: DeviceReport, plan: Plan, ranks: int | Mapping[str, int]) -> Plan:

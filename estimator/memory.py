@@ -101,7 +101,7 @@ class Footprint:
         """Peak of the training process in bytes, CUDA context included."""
         if not self.reserves:
             return self.live(ranks, tail_ranks)
-        context, cap = self.calibration.context, budget_bytes - self.calibration.context
+        context, cap = self.calibration.outside, budget_bytes - self.calibration.outside
         if cap > 0:
             # Under a cap the allocator gives cached segments back, and may get by.
             replays = self.replays(ranks, tail_ranks, cap_bytes=cap)
@@ -111,7 +111,7 @@ class Footprint:
 
     def holds(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> bool:
         """Say whether these ranks train within a budget."""
-        cap = budget_bytes - self.calibration.context
+        cap = budget_bytes - self.calibration.outside
         if cap <= 0 or self.live(ranks, tail_ranks) > cap:
             return False
         return not self.reserves or self._survives(ranks, tail_ranks, cap)
@@ -128,7 +128,7 @@ class Footprint:
         total_rank : int
             Rank of the trained adapter and the frozen tail together; 0 = no tail.
         """
-        cap = budget_bytes - self.calibration.context
+        cap = budget_bytes - self.calibration.outside
         fits = self._live_up_to(limit, total_rank) <= cap
         if self.reserves and fits.any():
             fits &= self._caps_up_to(limit, total_rank) <= cap
@@ -146,7 +146,7 @@ class Footprint:
         """Least bytes of the training process in which a rank trains, CUDA context included."""
         if not self.reserves:
             return self.live(rank)
-        return self.calibration.context + int(self._caps_up_to(rank, 0)[-1])
+        return self.calibration.outside + int(self._caps_up_to(rank, 0)[-1])
 
     def prepare(self, limit: int, total_rank: int = 0) -> None:
         """Work out now what :meth:`largest` would at its first call."""

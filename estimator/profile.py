@@ -21,6 +21,7 @@ _FIELDS = {
     "cublas-workspace-sm90": "cublas_workspace",
     "attention-scratch": "attention_scratch",
     "cuda-context": "context",
+    "nccl-communicator": "communicator",
 }
 
 
@@ -48,6 +49,8 @@ class Profile:
         sm90 = report.compute_capability.partition(".")[0] == "9"
         for name, term in self.terms.items():
             if name == ("cublas-workspace" if sm90 else "cublas-workspace-sm90"):
+                continue
+            if name == "nccl-communicator" and report.group_size == 1:
                 continue
             terms = replace(terms, **{_FIELDS[name]: term.value})
         return terms

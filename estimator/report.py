@@ -36,6 +36,8 @@ class DeviceReport:
         Link in megabits (10⁶) per second; 0 = not known, no bound.
     samples : int
         Training samples held (−1 = not counted).
+    group_size : int
+        Processes that share each batch, one for each GPU; memory is that of the tightest GPU.
     """
 
     client: str
@@ -52,6 +54,7 @@ class DeviceReport:
     upload_mbps: float = 0.0
     download_mbps: float = 0.0
     samples: int = -1
+    group_size: int = 1
 
     def __post_init__(self) -> None:
         if self.total_bytes <= 0 or not 0 <= self.free_bytes <= self.total_bytes:
@@ -59,6 +62,8 @@ class DeviceReport:
                 f"client {self.client!r} reports free {self.free_bytes} of {self.total_bytes} "
                 "bytes; expected 0 <= free <= total and total above 0"
             )
+        if self.group_size < 1:
+            raise ValueError(f"client {self.client!r} reports {self.group_size} processes")
         if self.upload_mbps < 0 or self.download_mbps < 0:
             raise ValueError(
                 f"client {self.client!r} reports a link of {self.upload_mbps} up, "

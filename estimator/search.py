@@ -18,14 +18,16 @@ class Step:
         return text + (" with checkpointing" if self.checkpointing else "")
 
 
-def steps(settings: RunSettings, *, can_checkpoint: bool) -> list[Step]:
+def steps(settings: RunSettings, *, can_checkpoint: bool, group_size: int = 1) -> list[Step]:
     """Steps that the run config allows: as configured, smaller micro-batches, then checkpointing.
+
+    Of ``group_size`` processes that share each batch, each takes a part, rounded up.
 
     Checkpointing starts again at the whole batch: it costs the same time at any micro-batch, and a
     small micro-batch costs more.
     """
     search = split_list(settings.plan.search)
-    batch = settings.train.batch_size
+    batch = -(-settings.train.batch_size // group_size)
     sizes = halvings(batch) if "micro-batch" in search else [batch]
     checkpointing = [settings.train.gradient_checkpointing]
     if "checkpointing" in search and can_checkpoint and True not in checkpointing:

@@ -182,7 +182,7 @@ def best_ranks(
     limits = _links(payload, modules, upload, download, phases)
     caps = [min(cap, *payload.shapes[module]) for module in modules]
     values = [worths[module] for module in modules]
-    live_budget = budget_bytes - footprint.calibration.context
+    live_budget = budget_bytes - footprint.calibration.outside
     cuts: list[Limit] = []
     for _ in range(CUTS):
         solution = maximise(values, least, caps, [*limits, *_memory(cuts, live_budget)])

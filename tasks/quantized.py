@@ -45,5 +45,6 @@ def quantization(model: Model, source: str) -> dict[str, Any]:
         if model.quantization == "nf4"
         else BitsAndBytesConfig(load_in_8bit=True)
     )
-    device = 0 if torch.cuda.is_available() else "cpu"
+    # The current one: each process of a client with several GPUs has its own.
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}

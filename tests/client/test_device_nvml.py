@@ -66,8 +66,26 @@ def test_one_gpu(driver: Path) -> None:
         "upload-mbps": 0.0,
         "download-mbps": 0.0,
         "samples": 42,
+        "group-size": 1,
     }
     assert str(report["client"]).endswith(f"-{A}")
+
+
+def test_a_group_of_gpus_has_the_memory_of_the_tightest(driver: Path) -> None:
+    both = ask(driver, two_alike(), group={"size": 2})
+    assert both["uuid"] == f"{A},{B}" and both["group-size"] == 2
+    assert both["free-bytes"] == 30000 * MIB
+    declared = ask(driver, two_alike(), {"memory-mib": 40000}, group={"size": 2})
+    assert declared["free-bytes"] == 30000 * MIB and "capped" in str(declared["note"])
+    turned = ask(driver, two_alike(), group={"size": 2, "gpus": "1,0"})
+    assert turned["uuid"] == f"{B},{A}"
+    short = ask(driver, gpu(0), group={"size": 2})
+    assert "asks for 2 GPUs: 1 GPUs are visible" in str(short["error"])
+    none = ask(None, group={"size": 2})
+    assert "asks for 2 GPUs: no GPU" in str(none["error"])
+    processor = ask(None, group={"size": 2, "cpu": True})
+    whole = ask(None)
+    assert processor["total-bytes"] == int(str(whole["total-bytes"])) // 2
 
 
 def test_t4_has_15360_mib_whatever_its_label_says(driver: Path) -> None:

@@ -57,6 +57,22 @@ def test_plenty_of_memory_binds_at_the_cap(make):
     assert (estimate.plan.micro_batch, estimate.plan.accumulation) == (8, 1)
 
 
+def test_a_group_shares_the_batch_and_sets_nccl_aside(make):
+    estimator = make()
+    alone = at(estimator, 16, FULL)
+    of_two = estimator.fit(replace(device(at(estimator, 16, HALF) / MIB), group_size=2))
+    assert isinstance(of_two, Estimate) and of_two.plan.rank == 16
+    assert (of_two.plan.micro_batch, of_two.plan.accumulation) == (4, 1)
+    assert of_two.plan.peak_bytes < alone
+    of_three = estimator.fit(replace(device(100), group_size=3))
+    assert isinstance(of_three, Estimate) and of_three.plan.micro_batch == 3
+    gpu = device(4096, "cuda")
+    assert (
+        Calibration.of(replace(gpu, group_size=2)).outside
+        == Calibration.of(gpu).outside + 688 * MIB
+    )
+
+
 @pytest.mark.parametrize("rank", [1, 5, 15])
 def test_memory_binds_at_the_exact_byte(make, rank):
     estimator = make()

@@ -56,12 +56,15 @@ def test_two_nodes_with_folders_of_their_own(tmp_path: Path) -> None:
     )  # fmt: skip
     config = tmp_path / "run.toml"
     config.write_text(tomli_w.dumps(dict(to_flat(settings))))
+    accelerate = tmp_path / "accelerate.yaml"  # one of them trains in two processes
+    accelerate.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
     with deployment(tmp_path / "deployment") as federation:
         for name in held:
             federation.register(name)
-            federation.start_supernode(
-                name, f'client-name="{name}" data-path="{tmp_path / f"data-{name}"}"'
-            )
+            node = f'client-name="{name}" data-path="{tmp_path / f"data-{name}"}"'
+            if name == "high":
+                node += f' accelerate-config="{accelerate}"'
+            federation.start_supernode(name, node)
         federation.wait_online(2)
         done = federation.run(ROOT, "--run-config", str(config))
     assert done.status == "finished:completed", done.log

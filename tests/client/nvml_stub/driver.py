@@ -17,6 +17,7 @@ MIB = 2**20
 
 _ASK = """
 import json, os, sys
+from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.device import device_report
 from rankfit.configs.settings import RunSettings, from_flat
 
@@ -29,7 +30,11 @@ for case in json.load(sys.stdin):
     os.environ["NVML_STUB_0_PIDS"] = pids
     try:
         report = device_report(
-            case["node_config"], from_flat(case["settings"]), node_id=77, samples=case["samples"]
+            case["node_config"],
+            from_flat(case["settings"]),
+            node_id=77,
+            samples=case["samples"],
+            group=DataParallel(**case["group"]) if case["group"] else None,
         )
         answers.append(report.to_dict())
     except ValueError as error:
@@ -97,7 +102,8 @@ def ask_many(library: Path | None, cases: Sequence[Mapping[str, object]]) -> Ans
     if library is not None:
         inherited["LD_LIBRARY_PATH"] = str(library)
     whole = [
-        {"environment": {}, "node_config": {}, "settings": {}, "samples": -1} | dict(case)
+        {"environment": {}, "node_config": {}, "settings": {}, "samples": -1, "group": {}}
+        | dict(case)
         for case in cases
     ]
     done = subprocess.run(
@@ -120,6 +126,7 @@ def ask(
     node_config: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
     samples: int = -1,
+    group: Mapping[str, object] | None = None,
 ) -> Asked:
     """One report from a fresh process; ``library`` is the folder of the stub, None for none."""
     case = {
@@ -127,5 +134,6 @@ def ask(
         "node_config": dict(node_config or {}),
         "settings": dict(settings or {}),
         "samples": samples,
+        "group": dict(group or {}),
     }
     return ask_many(library, [case]).reports[0]

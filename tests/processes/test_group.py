@@ -1,0 +1,166 @@
+"""One client in two processes: they train as one does, fail together and end together."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from rankfit.client import messenger
+from rankfit.client.accelerate_config import DataParallel
+from rankfit.client.perform import perform
+from rankfit.client.place import Order, places
+from rankfit.client.request import Request
+from rankfit.client.workspace import Workspace
+from tests.client.workers import (
+    Node,
+    evaluate,
+    gone,
+    log_text,
+    node,
+    process_of,
+    runs,
+    settings,
+    the_place,
+    train,
+    wait_for,
+)
+from tests.processes.deployment import ROOT
+
+pytestmark = pytest.mark.processes
+
+#: The second client's last batch has one sample, for one process.
+UNEVEN = ("train.batch-size=32", "train.epochs=2")
+
+
+@pytest.fixture
+def device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Node]:
+    runtime = tmp_path_factory.getbasetemp() / "g"  # short: a socket's path has 108 bytes
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path_factory.mktemp("home")))
+    with node() as started:
+        yield started
+    assert places() == []
+
+
+def of_two(device: Node, *overrides: str) -> Order:
+    return replace(device.order(*overrides), group=DataParallel(2, cpu=True))
+
+
+def members() -> list[psutil.Process]:
+    """The worker and the other processes of its group."""
+    worker = process_of(the_place())
+    return [worker, *worker.children()]
+
+
+def planned(request: Request, **changes: int) -> Request:
+    return replace(
+        request, plan={**request.plan, **{k.replace("_", "-"): v for k, v in changes.items()}}
+    )
+
+
+def test_two_processes_train_what_one_does_fall_back_and_end_together(device: Node) -> None:
+    order = of_two(device, *UNEVEN)
+    messenger.prefetch(order, Request("prefetch", partition=1, partitions=2))
+    alone = Workspace(settings(*UNEVEN), None)
+    assert len(alone.samples(1, 2)) % 32 == 1
+    for number, rank in ((1, 4), (2, 8)):
+        one = perform(alone, planned(train(rank, number, 1), micro_batch=32))
+        two = messenger.ask(order, planned(train(rank, number, 1), micro_batch=16))
+        assert one.arrays.keys() == two.arrays.keys()
+        for name, array in one.arrays.items():
+            np.testing.assert_allclose(two.arrays[name], array, rtol=2e-3, atol=2e-5, err_msg=name)
+        assert two.metrics["train-loss"] == pytest.approx(one.metrics["train-loss"], rel=1e-4)
+        assert two.metrics["steps"] == one.metrics["steps"]
+        assert two.metrics["peak-memory-bytes"] < 0.8 * one.metrics["peak-memory-bytes"]
+    tight = replace(
+        planned(train(8, 2, 1), micro_batch=16), cap_bytes=int(two.metrics["peak-memory-bytes"]) - 1
+    )
+    smaller = messenger.ask(order, tight).metrics
+    assert smaller["out-of-memory"] == 1 and smaller["micro-batch"] == 8
+    assert smaller["steps"] == two.metrics["steps"]
+    assert messenger.ask(order, evaluate()).metrics == perform(alone, evaluate()).metrics
+    place, processes = the_place(), members()
+    assert len(processes) == 2
+    messenger.finish(order)
+    wait_for(lambda: all(gone(each, place.folder) for each in processes), "all are gone", 10.0)
+
+
+def test_a_process_that_dies_costs_one_update(device: Node) -> None:
+    order = of_two(device, "train.epochs=500")
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(messenger.ask, order, train())
+        wait_for(lambda: len(places()) == 1 and places()[0].process() is not None, "a worker")
+        place = the_place()
+        wait_for(lambda: log_text(place).count("base model") >= 2, "both have the base")
+        worker, other = members()
+        other.kill()
+        with pytest.raises(messenger.WorkerError, match="died during train"):
+            lost.result(30)
+    assert not runs(worker)
+    short = of_two(device)
+    assert messenger.ask(replace(short, run_id=2), train()).metrics["steps"] > 0
+    messenger.finish(replace(short, run_id=2))
+
+
+_MEETS = """
+import sys, torch
+from rankfit.client.group import Group, OtherFailed
+what = sys.argv[1]
+group = Group.joined(cpu=True)
+told = "nothing"
+for attempt in range(2):
+    try:
+        with group.meeting():
+            (total,) = group.agree(group.rank + 1)
+            assert total == 3
+            if group.rank == 1 and attempt == 0:
+                raise torch.OutOfMemoryError("full") if what == "memory" else ValueError("bad row")
+            parameter = torch.nn.Parameter(torch.ones(3))
+            if group.rank == 0:
+                parameter.grad = torch.full((3,), 2.0)
+            group.agree()
+            group.add_gradients([parameter])
+            assert parameter.grad.tolist() == [2.0] * 3 and group.largest(group.rank) == 1
+            group.part()
+    except (torch.OutOfMemoryError, OtherFailed, ValueError) as error:
+        told = type(error).__name__
+print(told)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("memory", ["OutOfMemoryError"] * 2), ("row", ["OtherFailed", "ValueError"])],
+)
+def test_what_fails_in_one_process_fails_in_all(what: str, told: list[str]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(2):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        environment = os.environ | {key: str(value) for key, value in own.items()}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", _MEETS, what], env=environment, cwd=Path(ROOT),
+                stdout=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    try:
+        assert [process.communicate(timeout=60)[0].split()[-1] for process in started] == told
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
