@@ -141,8 +141,14 @@ def evaluate(
     adapter: Adapter,
     samples: NDArray[np.int64],
     own_head: Mapping[str, Tensor] | None = None,
+    precision: str | None = None,
 ) -> dict[str, float]:
     """Metrics of an adapter on the client's own test samples, under its own head if it has one.
+
+    Parameters
+    ----------
+    precision : str, optional
+        Of the base (default: the run's).
 
     Raises
     ------
@@ -155,7 +161,8 @@ def evaluate(
     heads = workspace.heads
     if own_head is not None:
         adapter, heads = replace(adapter, head=own_head), workspace.own_heads
-    model = inject(workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=heads).to(
+    base = workspace.base if precision is None else workspace.base_at(precision)
+    model = inject(base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=heads).to(
         workspace.device
     )
     try:
@@ -170,16 +177,16 @@ def _attempt(
     workspace: Workspace, job: Job, plan: Plan
 ) -> tuple[dict[str, Tensor], dict[str, int | float]]:
     """Train once at a plan, and leave the base as it was, whatever happens."""
-    settings = workspace.settings
+    settings, base = workspace.settings, workspace.base_at(plan.precision)
     given = job.adapter.cut(plan.ranks)
     tail = job.adapter.rest(plan.ranks) if plan.tail_rank else None
     travels = set(given.moving(plan.moves))
     if job.own_head is not None:
-        own = job.own_head.load(job.round) or head_tensors(workspace.base, workspace.own_heads)
+        own = job.own_head.load(job.round) or head_tensors(base, workspace.own_heads)
         given = replace(given, head=own)
     torch.manual_seed(derive(settings.run.seed, "train", job.round, job.client))
     model = inject(
-        workspace.base,
+        base,
         plan.ranks,
         scale=given.scale,
         dropout=settings.lora.dropout,
@@ -202,7 +209,7 @@ def _attempt(
         parameters = _trained_parameters(model)
         decay = _rank_decay(settings, plan, parameters)
         penalties = [*_proximal(settings, given, parameters), *decay]
-        with checkpointing(workspace.base, plan.checkpointing):
+        with checkpointing(base, plan.checkpointing):
             metrics = _fit(workspace, job, plan, model, penalties)
         trained = {n: t.detach().cpu().clone() for n, t in read_state(model).items()}
         state = {n: t for n, t in trained.items() if n in travels}
@@ -214,7 +221,7 @@ def _attempt(
         return state, metrics | scores
     finally:
         eject(model)
-        workspace.base.eval()
+        base.eval()
         if settings.train.compile:
             torch.compiler.reset()  # or the compiled step would keep this adapter's modules
 
@@ -292,7 +299,7 @@ def _fit(
                 inputs, count = waiting.pop(), counts.pop()
                 if not count:
                     continue  # a row whose answers were all cut off: a mean over nothing
-                inputs = place(inputs, workspace.base, workspace.device)
+                inputs = place(inputs, model, workspace.device)
                 meter.see(inputs)
                 with autocast(settings, workspace.device):
                     loss = loss_of(called, inputs)

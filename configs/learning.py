@@ -15,6 +15,9 @@ from rankfit.configs.table import (
     split_list,
 )
 
+#: Bits of one frozen weight in each precision of a base, scales of the blocks included.
+BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "nf4": 4.127}
+
 #: Figures of a classifier or of a regression, by name.
 CLASS_METRICS = ("accuracy", "macro-f1", "micro-f1", "f1", "mcc")
 NUMBER_METRICS = ("pearson", "spearman", "mse")
@@ -71,6 +74,23 @@ class Model(Table):
     #: The frozen base in 4 or 8 bits through bitsandbytes (extra ``quantized``).
     quantization: Literal["none", "nf4", "int8"] = "none"
     trust_remote_code: bool = False
+
+    @property
+    def base_precision(self) -> str:
+        """What the frozen weights are kept in: a key of :data:`BITS`."""
+        return self.precision if self.quantization == "none" else self.quantization
+
+    def at(self, precision: str) -> Self:
+        """The same model with its frozen weights in another precision.
+
+        A quantised base is computed in 16 bits: in ``precision`` where that has 16, else in bf16.
+        """
+        if precision == self.base_precision:
+            return self
+        if precision in ("int8", "nf4"):
+            computed = "bf16" if self.precision == "fp32" else self.precision
+            return self.model_copy(update={"precision": computed, "quantization": precision})
+        return self.model_copy(update={"precision": precision, "quantization": "none"})
 
 
 class Data(Table):

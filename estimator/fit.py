@@ -145,6 +145,7 @@ class Estimator:
             micro_batch=settings.train.batch_size,
             attention=settings.model.attention,
             precision=settings.model.precision,
+            quantization=settings.model.quantization,
             optimizer=settings.train.optimizer,
             checkpointing=settings.train.gradient_checkpointing,
             dropout=settings.lora.dropout,
@@ -236,7 +237,7 @@ class Estimator:
 
     def flops(self, plan: Plan) -> float:
         """FLOPs of a plan for one sample."""
-        step = Step(plan.micro_batch, plan.accumulation, plan.checkpointing)
+        step = Step.of(plan)
         return self.work(step).flops(even_rank(plan.ranks, self.payload.shapes))
 
     def needs(
@@ -261,7 +262,7 @@ class Estimator:
         """
         named = dict.fromkeys(self.spec.targets, ranks) if isinstance(ranks, int) else dict(ranks)
         _check_ranks(named, self.spec.targets)
-        step = Step(plan.micro_batch, plan.accumulation, plan.checkpointing)
+        step = Step.of(plan)
         adapted = {module: rank for module, rank in named.items() if rank > 0}
         total = self.settings.lora.rank if plan.tail_rank else 0
         lowered = self._plan(
@@ -282,6 +283,7 @@ class Estimator:
         whole = (report.accelerator, step, tail, terms)
         if ranks is None and whole in self._whole:
             return self._whole[whole]
+        model = self.settings.model.at(step.precision)
         targets = tuple(t for t in self.spec.targets if ranks is None or ranks.get(t, 0) > 0)
         base = replace(
             self.spec,
@@ -290,6 +292,8 @@ class Estimator:
             micro_batch=step.micro_batch,
             accumulates=step.accumulation > 1,
             checkpointing=step.checkpointing,
+            precision=model.precision,
+            quantization=model.quantization,
             tail=tail,
         )
         key = (base, terms)
@@ -347,6 +351,7 @@ class Estimator:
             budget_bytes=report.budget_bytes,
             binding="cap",
             tail_rank=total if tail else 0,
+            precision=step.precision,
         )
 
 

@@ -12,7 +12,7 @@ from rankfit.configs.settings import ConfigError
 from rankfit.estimator.kernels import MATMULS, SCRATCH, aten, kernels
 from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.spec import StepSpec
-from rankfit.estimator.step import Phase, build, meta_batch, run_steps
+from rankfit.estimator.step import Phase, build, empty_batch, run_steps
 
 
 class TraceError(ConfigError):
@@ -180,7 +180,7 @@ def record(
     trained = [recorder.index(p) for p in model.parameters() if p.requires_grad]
     try:
         with collector_paused(), kernels(spec.accelerator), recorder:
-            optimizer = run_steps(spec, model, lambda: meta_batch(spec), recorder.enter)
+            optimizer = run_steps(spec, model, lambda: empty_batch(spec), recorder.enter)
     except (NotImplementedError, RuntimeError) as error:
         if not isinstance(error, NotImplementedError) and "fake impl" not in str(error):
             raise

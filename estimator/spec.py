@@ -13,6 +13,7 @@ from rankfit.estimator.report import Accelerator
 from rankfit.tasks.task import TensorSpec
 
 Precision = Literal["fp32", "bf16"]
+Quantization = Literal["none"]
 Optimizer = Literal["adamw", "sgd"]
 Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]
 
@@ -95,6 +96,7 @@ class StepSpec:
     heads: tuple[str, ...] = ()
     attention: str = "sdpa"
     precision: Precision = "fp32"
+    quantization: Quantization = "none"
     optimizer: Optimizer = "adamw"
     checkpointing: bool = False
     accumulates: bool = False
@@ -110,6 +112,7 @@ class StepSpec:
             "accelerator": (self.accelerator, ("cuda", "cpu")),
             "attention": (self.attention, ("sdpa", "eager")),
             "precision": (self.precision, ("fp32", "bf16")),
+            "quantization": (self.quantization, get_args(Quantization)),
             "optimizer": (self.optimizer, ("adamw", "sgd")),
             "moves": (self.moves, ("both", "a", "b")),
         }

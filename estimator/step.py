@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from rankfit.estimator.spec import StepSpec
+from rankfit.estimator.spec import InputSpec, StepSpec
 from rankfit.tasks import models
 from rankfit.tasks.adapted import train_only
 
@@ -66,14 +66,21 @@ def make_optimizer(spec: StepSpec, trained: list[nn.Parameter]) -> torch.optim.O
     return torch.optim.SGD(trained, lr=1e-3, foreach=foreach)
 
 
-def meta_batch(spec: StepSpec) -> dict[str, Tensor]:
-    """Build an empty batch of the spec's shapes on the meta device."""
+def empty_batch(spec: StepSpec, device: str = "meta") -> dict[str, Tensor]:
+    """Build a batch of the spec's shapes; what is floating comes in the type of the base."""
     return {
         item.name: torch.empty(
-            (spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype), device="meta"
+            (spec.micro_batch, *item.shape), dtype=_type_of(spec, item), device=device
         )
         for item in spec.inputs
     }
+
+
+def _type_of(spec: StepSpec, item: InputSpec) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, item.dtype)
+    if not dtype.is_floating_point or item.name == "labels":
+        return dtype
+    return models.DTYPES[spec.precision]
 
 
 def build(
