@@ -34,10 +34,10 @@ from rankfit.configs.settings import from_flat
 from rankfit.estimator.components import real_batch
 from rankfit.estimator.depth import solve_deep
 from rankfit.estimator.fit import Estimator
+from rankfit.estimator.optimizers import make_optimizer
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.solve import solve
 from rankfit.estimator.spec import InputSpec
-from rankfit.estimator.step import make_optimizer
 from rankfit.estimator.tracer import TraceCache
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,8 +125,7 @@ def profiled(name: str) -> float:
     def work() -> None:
         for rank in ranks:
             model = anchors.real_model(spec, rank)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = make_optimizer(spec, trained)
+            optimizer = make_optimizer(spec, model)
             batch = real_batch(spec)
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
                 model(**batch).loss.backward()

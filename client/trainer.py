@@ -47,7 +47,8 @@ from rankfit.tasks.adapted import (
 )
 from rankfit.tasks.importance import fisher_scores
 from rankfit.tasks.inject import TAIL
-from rankfit.tasks.models import eject, inject
+from rankfit.tasks.models import DTYPES, eject, inject
+from rankfit.tasks.optimizers import build_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +287,8 @@ def _fit(
     if settings.train.compile:
         called = cast(nn.Module, torch.compile(model, backend=settings.train.compile))
     meter = meter_of(workspace.device, job.cap_bytes, model, optimizer, group.size)
-    loss_sum, seen, steps = 0.0, 0, 0
+    scaler = loss_scaler(settings, plan.precision, workspace.device)
+    loss_sum, seen, steps, skipped = 0.0, 0, 0, 0
     for batch in _batches(settings, job):
         # Encoded before the step: what the data set itself holds is no memory of the step.
         own = group.share(batch)
@@ -303,20 +305,26 @@ def _fit(
                 meter.see(inputs)
                 with autocast(settings, workspace.device):
                     loss = loss_of(called, inputs)
-                accelerator.backward(loss * (count / total))
+                accelerator.backward(scaler.scale(loss * (count / total)))
                 loss_sum += float(loss.detach()) * count
                 del loss, inputs
             group.agree()
             group.add_gradients(trained)
+            scaler.unscale_(optimizer)
             add_all(penalties)
             if settings.train.max_grad_norm:
                 accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
-            optimizer.step()
+            scaler.step(optimizer)
+            before = scaler.get_scale()
+            scaler.update()
+            skipped += scaler.get_scale() < before
             optimizer.zero_grad(set_to_none=True)
         seen, steps = seen + total, steps + 1
     (loss_sum,) = group.agree(loss_sum)
     peak = group.largest(meter.peak())
     group.part()
+    if skipped:
+        log.warning("client %s: %d of %d steps overflowed fp16", job.client, skipped, steps)
     return {
         "num-examples": len(job.samples),
         "train-loss": loss_sum / max(1, seen),
@@ -328,19 +336,30 @@ def _fit(
 
 def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
     """The forward pass in ``train.autocast``; the backward pass follows it."""
-    return torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=settings.train.autocast == "bf16"
-    )
+    lower = DTYPES.get(settings.train.autocast)
+    return torch.autocast(device.type, dtype=lower, enabled=lower is not None)
+
+
+def loss_scaler(
+    settings: RunSettings, precision: str, device: torch.device
+) -> torch.amp.GradScaler:
+    """Scales the loss where fp16 is computed, so that gradients do not vanish; else does nothing.
+
+    The first scale is lower than torch's: a round may have few steps, and one that overflows is
+    left out.
+    """
+    computed = (settings.model.at(precision).precision, settings.train.autocast)
+    return torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled="fp16" in computed)
 
 
 def make_optimizer(
     settings: RunSettings, trained: list[nn.Parameter], rate: float
 ) -> torch.optim.Optimizer:
     """Build the optimizer of the run over the trained parameters, at the round's learning rate."""
-    decay = settings.train.weight_decay
-    if settings.train.optimizer == "adamw":
-        return torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
-    return torch.optim.SGD(trained, lr=rate, weight_decay=decay)
+    train = settings.train
+    return build_optimizer(
+        train.optimizer, trained, rate=rate, decay=train.weight_decay, momentum=train.momentum
+    )
 
 
 def _batches(settings: RunSettings, job: Job) -> Iterator[list[int]]:

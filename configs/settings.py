@@ -273,6 +273,13 @@ class RunSettings(Table):
                 f"(model.quantization {self.model.quantization}) is not lowered further; set that "
                 "to none and list it in plan.precisions"
             )
+        bases = [self.model.at(each) for each in split_list(self.plan.precisions)]
+        for base in (self.model, *bases):
+            if {"bf16", "fp16"} == {base.precision, self.train.autocast}:
+                raise ValueError(
+                    f"train.autocast {self.train.autocast} with a base in {base.precision} mixes "
+                    "two 16-bit types, which torch does not train; make them the same"
+                )
         return self
 
 

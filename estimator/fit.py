@@ -147,6 +147,8 @@ class Estimator:
             precision=settings.model.precision,
             quantization=settings.model.quantization,
             optimizer=settings.train.optimizer,
+            momentum=settings.train.momentum if settings.train.optimizer == "sgd" else 0.0,
+            autocast=settings.train.autocast,
             checkpointing=settings.train.gradient_checkpointing,
             dropout=settings.lora.dropout,
             clips=settings.train.max_grad_norm > 0,
