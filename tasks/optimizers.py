@@ -23,7 +23,7 @@ def build_optimizer(
     Parameters
     ----------
     name : {"adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"}
-        ``adamw-8bit`` is bitsandbytes' (arXiv:2110.02861), ``adafactor`` torch's (arXiv:1804.04235).
+        ``adamw-8bit`` is bitsandbytes' (arXiv:2110.02861), ``adafactor`` arXiv:1804.04235.
     rate, decay : float
         Learning rate and weight decay.
     momentum : float
