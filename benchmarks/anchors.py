@@ -25,9 +25,10 @@ from rankfit.estimator.components import real_batch, real_step
 from rankfit.estimator.fit import Estimator
 from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.memory import Footprint
+from rankfit.estimator.optimizers import make_optimizer
 from rankfit.estimator.record import Recorder
 from rankfit.estimator.spec import InputSpec, StepSpec
-from rankfit.estimator.step import build, make_optimizer, run_steps
+from rankfit.estimator.step import build, run_steps
 from rankfit.estimator.tracer import TraceCache
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def deepspeed_formula(spec: StepSpec) -> int:
 def mem_tracker(spec: StepSpec) -> int:
     """Torch's MemTracker around one real step; its peak on the CPU."""
     model = real_model(spec, RANK)
-    optimizer = make_optimizer(spec, [p for p in model.parameters() if p.requires_grad])
+    optimizer = make_optimizer(spec, model)
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
     with tracker:

@@ -184,6 +184,7 @@ def make_estimator(settings: RunSettings, kind: str | None = None) -> "Estimator
 def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> list[dict[str, Any]]:
     """Plan for each device as a record with kebab-case keys; figures in bytes."""
     from rankfit.estimator.fit import Estimate
+    from rankfit.estimator.search import Step
 
     records: list[dict[str, Any]] = []
     for report in reports:
@@ -202,11 +203,7 @@ def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> lis
                 }
             )
             continue
-        footprint = estimator.footprint(
-            report,
-            next(step for step in estimator.steps_on(report) if _same_step(step, fit.plan)),
-            fit.plan.ranks,
-        )
+        footprint = estimator.footprint(report, Step.of(fit.plan), fit.plan.ranks)
         records.append(
             {
                 "device": report.client,
@@ -215,6 +212,7 @@ def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> lis
                 "micro-batch": fit.plan.micro_batch,
                 "accumulation": fit.plan.accumulation,
                 "checkpointing": fit.plan.checkpointing,
+                "precision": fit.plan.precision,
                 "rejected": _rejected(estimator, report, fit.rejected),
                 "peak-bytes": fit.plan.peak_bytes,
                 "budget-bytes": fit.plan.budget_bytes,
@@ -231,12 +229,8 @@ def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> lis
 
 def _rejected(estimator: Any, report: DeviceReport, steps: Sequence[Any]) -> list[dict[str, Any]]:
     """Steps of the search that were too large, with the bytes that the least rank takes there."""
-    needs = estimator.needs(report, budget_bytes=report.budget_bytes) if steps else {}
+    needs = estimator.needs(report) if steps else {}
     return [{"step": str(step), "needs-bytes": needs[step]} for step in steps]
-
-
-def _same_step(step: Any, plan: Any) -> bool:
-    return (step.micro_batch, step.checkpointing) == (plan.micro_batch, plan.checkpointing)
 
 
 def _inputs(kind: str, config: Mapping[str, Any], length: int) -> tuple[Any, ...]:
@@ -256,18 +250,21 @@ def _inputs(kind: str, config: Mapping[str, Any], length: int) -> tuple[Any, ...
     return (*(InputSpec(name, (length,), "int64") for name in names), labels)
 
 
-_COLUMNS = ("device", "rank", "binds", "micro-batch", "checkpointing", "peak MiB", "budget MiB")
+_COLUMNS = (
+    "device", "rank", "binds", "micro-batch", "checkpointing", "base", "peak MiB", "budget MiB"
+)  # fmt: skip
 
 
 def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
     if "reason" in record:
-        return (record["device"], "–", record["binding"], record["reason"], "", "", "")
+        return (record["device"], "–", record["binding"], record["reason"], "", "", "", "")
     return (
         record["device"],
         str(record["rank"]),
         record["binding"],
         f"{record['micro-batch']} × {record['accumulation']}",
         "yes" if record["checkpointing"] else "no",
+        record["precision"],
         f"{record['peak-bytes'] / MIB:.1f}",
         f"{record['budget-bytes'] / MIB:.1f}",
     )
@@ -283,6 +280,7 @@ def why(record: Mapping[str, Any]) -> list[str]:
         return [*lines, f"Nothing that is allowed fits: {record['reason']}."]
     step = f"micro-batch {record['micro-batch']}"
     step += " with checkpointing" if record["checkpointing"] else ""
+    step += f", {record['precision']} base"
     kept = {
         "memory": "the next rank does not fit in memory",
         "cap": "lora.rank is the cap",

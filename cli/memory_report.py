@@ -121,7 +121,7 @@ def _estimated(
 ) -> "Breakdown":
     from rankfit.estimator.search import Step
 
-    step = Step(plan.micro_batch, plan.accumulation, plan.checkpointing)
+    step = Step.of(plan)
     footprint = estimator.footprint(report, step, plan.ranks, any(tails.values()))
     return footprint.breakdown(plan.ranks, tails if any(tails.values()) else 0)
 
@@ -133,7 +133,7 @@ def _measured(
     from rankfit.estimator.components import measure_components
     from rankfit.estimator.search import Step
 
-    step = Step(plan.micro_batch, plan.accumulation, plan.checkpointing)
+    step = Step.of(plan)
     footprint = estimator.footprint(report, step, plan.ranks, any(tails.values()))
     return measure_components(
         footprint.traces[0].spec, plan.ranks, tails if any(tails.values()) else None
@@ -148,7 +148,7 @@ def _total(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["device"]["name"],
         str(row["round"]),
         str(plan.rank),
-        batch + (" + checkpointing" if plan.checkpointing else ""),
+        f"{batch}{' + checkpointing' if plan.checkpointing else ''}, {plan.precision}",
         f"{row['expected-bytes'] / MIB:.2f}",
         f"{row['measured-bytes'] / MIB:.2f}",
         _error(row["expected-bytes"], row["measured-bytes"]),

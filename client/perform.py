@@ -61,7 +61,8 @@ def _evaluate(workspace: Workspace, request: Request) -> Answer:
     samples = workspace.test_samples(request.partition, request.partitions)
     store = workspace.head_store(request.partition)
     head = store.load(cast(int, request.plan["round"]) + 1) if store else None
-    metrics = trainer.evaluate(workspace, _adapter(request), samples, head)
+    precision = str(request.plan["precision"])
+    metrics = trainer.evaluate(workspace, _adapter(request), samples, head, precision)
     return Answer(metrics={"num-examples": len(samples), **metrics})
 
 

@@ -47,7 +47,8 @@ from rankfit.tasks.adapted import (
 )
 from rankfit.tasks.importance import fisher_scores
 from rankfit.tasks.inject import TAIL
-from rankfit.tasks.models import eject, inject
+from rankfit.tasks.models import DTYPES, eject, inject
+from rankfit.tasks.optimizers import build_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +142,14 @@ def evaluate(
     adapter: Adapter,
     samples: NDArray[np.int64],
     own_head: Mapping[str, Tensor] | None = None,
+    precision: str | None = None,
 ) -> dict[str, float]:
     """Metrics of an adapter on the client's own test samples, under its own head if it has one.
+
+    Parameters
+    ----------
+    precision : str, optional
+        Of the base (default: the run's).
 
     Raises
     ------
@@ -155,7 +162,8 @@ def evaluate(
     heads = workspace.heads
     if own_head is not None:
         adapter, heads = replace(adapter, head=own_head), workspace.own_heads
-    model = inject(workspace.base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=heads).to(
+    base = workspace.base if precision is None else workspace.base_at(precision)
+    model = inject(base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=heads).to(
         workspace.device
     )
     try:
@@ -170,16 +178,16 @@ def _attempt(
     workspace: Workspace, job: Job, plan: Plan
 ) -> tuple[dict[str, Tensor], dict[str, int | float]]:
     """Train once at a plan, and leave the base as it was, whatever happens."""
-    settings = workspace.settings
+    settings, base = workspace.settings, workspace.base_at(plan.precision)
     given = job.adapter.cut(plan.ranks)
     tail = job.adapter.rest(plan.ranks) if plan.tail_rank else None
     travels = set(given.moving(plan.moves))
     if job.own_head is not None:
-        own = job.own_head.load(job.round) or head_tensors(workspace.base, workspace.own_heads)
+        own = job.own_head.load(job.round) or head_tensors(base, workspace.own_heads)
         given = replace(given, head=own)
     torch.manual_seed(derive(settings.run.seed, "train", job.round, job.client))
     model = inject(
-        workspace.base,
+        base,
         plan.ranks,
         scale=given.scale,
         dropout=settings.lora.dropout,
@@ -202,7 +210,7 @@ def _attempt(
         parameters = _trained_parameters(model)
         decay = _rank_decay(settings, plan, parameters)
         penalties = [*_proximal(settings, given, parameters), *decay]
-        with checkpointing(workspace.base, plan.checkpointing):
+        with checkpointing(base, plan.checkpointing):
             metrics = _fit(workspace, job, plan, model, penalties)
         trained = {n: t.detach().cpu().clone() for n, t in read_state(model).items()}
         state = {n: t for n, t in trained.items() if n in travels}
@@ -214,7 +222,7 @@ def _attempt(
         return state, metrics | scores
     finally:
         eject(model)
-        workspace.base.eval()
+        base.eval()
         if settings.train.compile:
             torch.compiler.reset()  # or the compiled step would keep this adapter's modules
 
@@ -279,7 +287,8 @@ def _fit(
     if settings.train.compile:
         called = cast(nn.Module, torch.compile(model, backend=settings.train.compile))
     meter = meter_of(workspace.device, job.cap_bytes, model, optimizer, group.size)
-    loss_sum, seen, steps = 0.0, 0, 0
+    scaler = loss_scaler(settings, plan.precision, workspace.device)
+    loss_sum, seen, steps, skipped = 0.0, 0, 0, 0
     for batch in _batches(settings, job):
         # Encoded before the step: what the data set itself holds is no memory of the step.
         own = group.share(batch)
@@ -292,24 +301,30 @@ def _fit(
                 inputs, count = waiting.pop(), counts.pop()
                 if not count:
                     continue  # a row whose answers were all cut off: a mean over nothing
-                inputs = place(inputs, workspace.base, workspace.device)
+                inputs = place(inputs, model, workspace.device)
                 meter.see(inputs)
                 with autocast(settings, workspace.device):
                     loss = loss_of(called, inputs)
-                accelerator.backward(loss * (count / total))
+                accelerator.backward(scaler.scale(loss * (count / total)))
                 loss_sum += float(loss.detach()) * count
                 del loss, inputs
             group.agree()
             group.add_gradients(trained)
+            scaler.unscale_(optimizer)
             add_all(penalties)
             if settings.train.max_grad_norm:
                 accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
-            optimizer.step()
+            scaler.step(optimizer)
+            before = scaler.get_scale()
+            scaler.update()
+            skipped += scaler.get_scale() < before
             optimizer.zero_grad(set_to_none=True)
         seen, steps = seen + total, steps + 1
     (loss_sum,) = group.agree(loss_sum)
     peak = group.largest(meter.peak())
     group.part()
+    if skipped:
+        log.warning("client %s: %d of %d steps overflowed fp16", job.client, skipped, steps)
     return {
         "num-examples": len(job.samples),
         "train-loss": loss_sum / max(1, seen),
@@ -321,19 +336,30 @@ def _fit(
 
 def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
     """The forward pass in ``train.autocast``; the backward pass follows it."""
-    return torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=settings.train.autocast == "bf16"
-    )
+    lower = DTYPES.get(settings.train.autocast)
+    return torch.autocast(device.type, dtype=lower, enabled=lower is not None)
+
+
+def loss_scaler(
+    settings: RunSettings, precision: str, device: torch.device
+) -> torch.amp.GradScaler:
+    """Scales the loss where fp16 is computed, so that gradients do not vanish; else does nothing.
+
+    The first scale is lower than torch's: a round may have few steps, and one that overflows is
+    left out.
+    """
+    computed = (settings.model.at(precision).precision, settings.train.autocast)
+    return torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled="fp16" in computed)
 
 
 def make_optimizer(
     settings: RunSettings, trained: list[nn.Parameter], rate: float
 ) -> torch.optim.Optimizer:
     """Build the optimizer of the run over the trained parameters, at the round's learning rate."""
-    decay = settings.train.weight_decay
-    if settings.train.optimizer == "adamw":
-        return torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
-    return torch.optim.SGD(trained, lr=rate, weight_decay=decay)
+    train = settings.train
+    return build_optimizer(
+        train.optimizer, trained, rate=rate, decay=train.weight_decay, momentum=train.momentum
+    )
 
 
 def _batches(settings: RunSettings, job: Job) -> Iterator[list[int]]:

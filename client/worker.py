@@ -143,7 +143,6 @@ class Worker:
             self._context_bytes = max(before - _free_gpu_bytes(), 0)
         if self._crew is not None:
             self._crew.tell(request)
-        self._workspace.unpark()
         return perform(self._workspace, request)
 
     def _reply(

@@ -19,11 +19,21 @@ from rankfit.client.group import Group
 from rankfit.client.heads import HeadStore
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import fingerprint, load_base, shared_heads, whole_modules
+from rankfit.tasks.models import (
+    Precision,
+    fingerprint,
+    load_base,
+    lower_base,
+    shared_heads,
+    whole_modules,
+)
 from rankfit.tasks.partition import alike, partition_of
 from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
+
+#: Precisions of a base that lies where it was loaded.
+QUANTIZED = ("int8", "nf4")
 
 
 class WrongBase(RuntimeError):
@@ -48,28 +58,57 @@ class Workspace:
     data_path: str | None
     group: Group = field(default_factory=Group.alone)
     _partitions: dict[int, list[NDArray[np.int64]]] = field(default_factory=dict)
+    #: The base by its precision. One lies on the training device, the others on the host.
+    _bases: dict[str, PreTrainedModel] = field(default_factory=dict)
+    _placed: str = ""
 
     @cached_property
     def task(self) -> Task:
         """The task, its data encoded."""
         return load_task(self.settings, data_path=self.data_path)
 
-    @cached_property
+    @property
     def base(self) -> PreTrainedModel:
-        """The frozen base model on the training device."""
+        """The frozen base model on the training device, as the run configures it."""
+        return self.base_at(self._own)
+
+    def base_at(self, precision: str) -> PreTrainedModel:
+        """The frozen base model on the training device, in the precision of a plan.
+
+        It is made from the base as the run configures it, which waits on the host then: a device
+        that is planned lower need not hold that one.
+        """
+        if precision == self._placed:
+            return self._bases[precision]
+        self.park()
         began = time.monotonic()
-        base = load_base(self.settings, self.task.labels)
-        if not self._quantized:  # such a one lies where it was loaded, and cannot be moved
+        base = self._load(precision)
+        if precision not in QUANTIZED:  # such a one lies where it was loaded, and cannot be moved
             base = cast(PreTrainedModel, base.to(self.device))
+        self._placed = precision
         log.info(
-            "base model %s loaded on %s in %.2f s",
-            self.settings.model.source, self.device, time.monotonic() - began,
+            "base model %s in %s on %s in %.2f s",
+            self.settings.model.source, precision, self.device, time.monotonic() - began,
         )  # fmt: skip
         return base
 
+    def _load(self, precision: str) -> PreTrainedModel:
+        """The base in a precision, wherever it lies; made on first use."""
+        if precision not in self._bases:
+            settings = self.settings
+            model = settings.model.at(precision)
+            if precision == self._own or precision in QUANTIZED:
+                at = settings.model_copy(update={"model": model})
+                base = load_base(at, self.task.labels)
+            else:
+                kind = cast(Precision, model.precision)
+                base = lower_base(self._load(self._own), settings.task.kind, kind)
+            self._bases[precision] = base
+        return self._bases[precision]
+
     @property
-    def _quantized(self) -> bool:
-        return self.settings.model.quantization != "none"
+    def _own(self) -> str:
+        return self.settings.model.base_precision
 
     @property
     def device(self) -> torch.device:
@@ -79,13 +118,13 @@ class Workspace:
     @cached_property
     def heads(self) -> tuple[str, ...]:
         """Modules that are trained whole and travel."""
-        return shared_heads(self.base, self.settings.head)
+        return shared_heads(self._load(self._own), self.settings.head)
 
     @cached_property
     def own_heads(self) -> tuple[str, ...]:
         """Modules that are trained whole and stay with the client."""
         local = self.settings.head.mode == "local"
-        return whole_modules(self.base, self.settings.head) if local else ()
+        return whole_modules(self._load(self._own), self.settings.head) if local else ()
 
     def head_store(self, partition_id: int | None) -> HeadStore | None:
         """Where a client's own heads are; None where it has none."""
@@ -95,22 +134,26 @@ class Workspace:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the base model."""
-        return fingerprint(self.base, heads=self.heads)
+        """Hash of the base model as the run configures it, whatever precision is planned here."""
+        return fingerprint(self._load(self._own), heads=self.heads)
 
     def load(self) -> None:
         """Load base and data now instead of on first use."""
         log.info("%d training samples, base %s", len(self.task.train), self.fingerprint[:12])
+        if not self.settings.plan.precisions:  # else the plan says which base is to come
+            self.base_at(self._own)
 
     def park(self) -> None:
-        """Move the base to host memory, so that another process can have the device's."""
-        if "base" in self.__dict__ and self.device.type != "cpu" and not self._quantized:
-            self.base.to("cpu")
-
-    def unpark(self) -> None:
-        """Bring the base back to the training device."""
-        if "base" in self.__dict__ and not self._quantized:
-            self.base.to(self.device)
+        """Move the base to host memory, so that another can have the device's."""
+        placed, self._placed = self._placed, ""
+        if not placed or self.device.type == "cpu":
+            return
+        if placed not in QUANTIZED:
+            self._bases[placed].to("cpu")
+        elif placed != self._own:
+            del self._bases[placed]  # it cannot be moved, but made anew
+        else:
+            self._placed = placed
 
     def open_device(self) -> None:
         """Make the CUDA context now, where there is a GPU."""

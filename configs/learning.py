@@ -15,6 +15,9 @@ from rankfit.configs.table import (
     split_list,
 )
 
+#: Bits of one frozen weight in each precision of a base, scales of the blocks included.
+BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "nf4": 4.127}
+
 #: Figures of a classifier or of a regression, by name.
 CLASS_METRICS = ("accuracy", "macro-f1", "micro-f1", "f1", "mcc")
 NUMBER_METRICS = ("pearson", "spearman", "mse")
@@ -67,10 +70,27 @@ class Model(Table):
     source: str = "builtin:font-vit"
     revision: str = "main"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     #: The frozen base in 4 or 8 bits through bitsandbytes (extra ``quantized``).
     quantization: Literal["none", "nf4", "int8"] = "none"
     trust_remote_code: bool = False
+
+    @property
+    def base_precision(self) -> str:
+        """What the frozen weights are kept in: a key of :data:`BITS`."""
+        return self.precision if self.quantization == "none" else self.quantization
+
+    def at(self, precision: str) -> Self:
+        """The same model with its frozen weights in another precision.
+
+        A quantised base is computed in 16 bits: in ``precision`` where that has 16, else in bf16.
+        """
+        if precision == self.base_precision:
+            return self
+        if precision in ("int8", "nf4"):
+            computed = "bf16" if self.precision == "fp32" else self.precision
+            return self.model_copy(update={"precision": computed, "quantization": precision})
+        return self.model_copy(update={"precision": precision, "quantization": "none"})
 
 
 class Data(Table):
@@ -158,7 +178,10 @@ class Train(Table):
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 0.0
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    #: ``adamw-8bit`` needs bitsandbytes (extra ``quantized``).
+    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"] = "adamw"
+    #: Of ``sgd``.
+    momentum: Share = 0.0
     gradient_checkpointing: bool = False
     #: Intra-op CPU threads per client process.
     threads: PositiveInt = 1
@@ -178,7 +201,8 @@ class Train(Table):
     #: Weight τ of log prior(label) of the client's own data, added to the logits in training
     #: (0 = plain cross entropy).
     label_prior: NonNegative = 0.0
-    #: Forward pass in bfloat16 where torch.autocast holds it safe; weights stay as they are.
-    autocast: Literal["none", "bf16"] = "none"
+    #: Forward pass in 16 bits where torch.autocast holds it safe; weights stay as they are. With
+    #: fp16, here or in ``model.precision``, the loss is scaled.
+    autocast: Literal["none", "bf16", "fp16"] = "none"
     #: Backend of torch.compile (``inductor``), anew for each training ("" = not compiled).
     compile: str = ""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rankfit.configs.learning import Data, Head, Model, Partition, Task, Train
+from rankfit.configs.learning import BITS, Data, Head, Model, Partition, Task, Train
 from rankfit.configs.table import (
     Count,
     Fraction,
@@ -108,6 +108,9 @@ class Plan(Table):
 
     #: Comma-separated, in this order: ``micro-batch``, ``checkpointing``; "" = rank alone.
     search: str = "micro-batch,checkpointing"
+    #: Comma-separated precisions (``bf16``, ``int8``, ``nf4``) that the frozen base may be lowered
+    #: to on a device, in this order, where no rank fits otherwise; "" = as ``model`` says.
+    precisions: str = ""
     min_rank: PositiveInt = 1
     #: Seconds allowed for one upload / download (0 = unlimited).
     upload_seconds: NonNegative = 0.0
@@ -129,6 +132,15 @@ class Plan(Table):
             if step not in ("micro-batch", "checkpointing"):
                 raise ValueError(
                     f"plan.search: unknown step {step!r}; expected micro-batch or checkpointing"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _known_precisions(self) -> Self:
+        for precision in split_list(self.precisions):
+            if precision not in BITS:
+                raise ValueError(
+                    f"plan.precisions: unknown precision {precision!r}; expected {', '.join(BITS)}"
                 )
         return self
 
@@ -257,6 +269,19 @@ class RunSettings(Table):
             raise ValueError(
                 "head.mode local: a language model has no classifier; name head.modules (lm_head)"
             )
+        if self.plan.precisions and self.model.quantization != "none":
+            raise ValueError(
+                f"plan.precisions {self.plan.precisions!r}: a base that is quantised for all "
+                f"(model.quantization {self.model.quantization}) is not lowered further; set that "
+                "to none and list it in plan.precisions"
+            )
+        bases = [self.model.at(each) for each in split_list(self.plan.precisions)]
+        for base in (self.model, *bases):
+            if {"bf16", "fp16"} == {base.precision, self.train.autocast}:
+                raise ValueError(
+                    f"train.autocast {self.train.autocast} with a base in {base.precision} mixes "
+                    "two 16-bit types, which torch does not train; make them the same"
+                )
         return self
 
 

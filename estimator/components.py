@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.spec import StepSpec
-from rankfit.estimator.step import Phase, build, run_steps
+from rankfit.estimator.step import Phase, build, empty_batch, run_steps
 
 
 def real_step(
@@ -30,12 +30,7 @@ def real_step(
 
 def real_batch(spec: StepSpec, device: str = "cpu") -> dict[str, Tensor]:
     """A batch of the spec's shapes; where texts may be padded, one is."""
-    batch = {
-        item.name: torch.zeros(
-            (spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype), device=device
-        )
-        for item in spec.inputs
-    }
+    batch = {name: tensor.zero_() for name, tensor in empty_batch(spec, device).items()}
     if "attention_mask" in batch:
         batch["attention_mask"][:] = 1
         if spec.padded:

@@ -145,7 +145,10 @@ class Estimator:
             micro_batch=settings.train.batch_size,
             attention=settings.model.attention,
             precision=settings.model.precision,
+            quantization=settings.model.quantization,
             optimizer=settings.train.optimizer,
+            momentum=settings.train.momentum if settings.train.optimizer == "sgd" else 0.0,
+            autocast=settings.train.autocast,
             checkpointing=settings.train.gradient_checkpointing,
             dropout=settings.lora.dropout,
             clips=settings.train.max_grad_norm > 0,
@@ -210,12 +213,13 @@ class Estimator:
             ranks = dict.fromkeys(self.spec.targets, rank)
             plan = self._plan(report, terms, step, ranks, total, budget)
             footprint = self.footprint(report, step, None, total > 0, terms)
-            split = footprint.breakdown(rank, max(0, total - rank))
+            allocator = max(1, budget - terms.outside)
+            split = footprint.breakdown(rank, max(0, total - rank), cap_bytes=allocator)
             plan = replace(plan, binding=bounds.binding(most))
             return Estimate(report.client, plan, bounds, split, tuple(ways[:position]))
         if late is not None and pace is not None:
             return too_late(report, settings, self.work(late), pace)
-        needs = self.needs(report, calibration=terms, budget_bytes=budget)
+        needs = self.needs(report, calibration=terms)
         return too_large(report, least, needs, report.budget_bytes - budget)
 
     def work(self, step: Step) -> Work:
@@ -235,22 +239,16 @@ class Estimator:
 
     def flops(self, plan: Plan) -> float:
         """FLOPs of a plan for one sample."""
-        step = Step(plan.micro_batch, plan.accumulation, plan.checkpointing)
+        step = Step.of(plan)
         return self.work(step).flops(even_rank(plan.ranks, self.payload.shapes))
 
     def needs(
-        self,
-        report: DeviceReport,
-        *,
-        calibration: Calibration | None = None,
-        budget_bytes: int = 2**62,
+        self, report: DeviceReport, *, calibration: Calibration | None = None
     ) -> dict[Step, int]:
-        """Bytes that the least rank takes on a device, in each step of the search."""
+        """Least bytes in which the least rank trains on a device, in each step of the search."""
         least = self.settings.plan.min_rank
         return {
-            step: self.footprint(report, step, calibration=calibration).expected(
-                least, 0, budget_bytes
-            )
+            step: self.footprint(report, step, calibration=calibration).needed(least)
             for step in self.steps_on(report)
         }
 
@@ -266,7 +264,7 @@ class Estimator:
         """
         named = dict.fromkeys(self.spec.targets, ranks) if isinstance(ranks, int) else dict(ranks)
         _check_ranks(named, self.spec.targets)
-        step = Step(plan.micro_batch, plan.accumulation, plan.checkpointing)
+        step = Step.of(plan)
         adapted = {module: rank for module, rank in named.items() if rank > 0}
         total = self.settings.lora.rank if plan.tail_rank else 0
         lowered = self._plan(
@@ -287,6 +285,7 @@ class Estimator:
         whole = (report.accelerator, step, tail, terms)
         if ranks is None and whole in self._whole:
             return self._whole[whole]
+        model = self.settings.model.at(step.precision)
         targets = tuple(t for t in self.spec.targets if ranks is None or ranks.get(t, 0) > 0)
         base = replace(
             self.spec,
@@ -295,6 +294,8 @@ class Estimator:
             micro_batch=step.micro_batch,
             accumulates=step.accumulation > 1,
             checkpointing=step.checkpointing,
+            precision=model.precision,
+            quantization=model.quantization,
             tail=tail,
         )
         key = (base, terms)
@@ -303,6 +304,8 @@ class Estimator:
             self._footprints[key] = Footprint(traces, terms)
         if ranks is None:
             self._whole[whole] = self._footprints[key]
+            cap = self.settings.lora.rank
+            self._footprints[key].prepare(cap - 1 if tail else cap, cap if tail else 0)
         return self._footprints[key]
 
     def _budget(self, report: DeviceReport) -> int:
@@ -350,6 +353,7 @@ class Estimator:
             budget_bytes=report.budget_bytes,
             binding="cap",
             tail_rank=total if tail else 0,
+            precision=step.precision,
         )
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rankfit.estimator.allocator import Replay, replay_fast
 from rankfit.estimator.calibration import Calibration
+from rankfit.estimator.thresholds import Thresholds
 from rankfit.estimator.trace import Breakdown, Ranks, Trace
 
 NEVER = 2**62
@@ -57,6 +58,9 @@ class Footprint:
     _lives: dict[tuple[int, int], NDArray[np.int64]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _thresholds: dict[int, Thresholds] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _breakdowns: dict[object, Breakdown] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -98,13 +102,12 @@ class Footprint:
         if not self.reserves:
             return self.live(ranks, tail_ranks)
         context, cap = self.calibration.outside, budget_bytes - self.calibration.outside
-        free = max(result.reserved for result in self.replays(ranks, tail_ranks))
-        if 0 < cap < free:
+        if cap > 0:
             # Under a cap the allocator gives cached segments back, and may get by.
             replays = self.replays(ranks, tail_ranks, cap_bytes=cap)
             if all(result.survived for result in replays):
                 return context + max(result.reserved for result in replays)
-        return context + free
+        return context + max(result.reserved for result in self.replays(ranks, tail_ranks))
 
     def holds(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> bool:
         """Say whether these ranks train within a budget."""
@@ -116,9 +119,9 @@ class Footprint:
     def largest(self, limit: int, budget_bytes: int, *, total_rank: int = 0) -> int:
         """Largest rank up to ``limit``, the same in every module, within a budget; 0 = none.
 
-        Reserved memory is not monotone in the rank: the search starts at the bound from live bytes
-        and goes down one by one. A replay holds for a range of caps, and is kept for all devices
-        in it: the answer for one does not depend on which were asked before.
+        Reserved memory is not monotone in the rank. On a GPU it is the largest rank whose least cap
+        (:class:`Thresholds`) the budget reaches and that survives a replay under the budget itself.
+        The answer for one device does not depend on which were asked before.
 
         Parameters
         ----------
@@ -126,21 +129,43 @@ class Footprint:
             Rank of the trained adapter and the frozen tail together; 0 = no tail.
         """
         cap = budget_bytes - self.calibration.outside
-        candidates = np.flatnonzero(self._live_up_to(limit, total_rank) <= cap) + 1
+        fits = self._live_up_to(limit, total_rank) <= cap
+        if self.reserves and fits.any():
+            fits &= self._caps_up_to(limit, total_rank) <= cap
+        candidates = (np.flatnonzero(fits) + 1).tolist()
         if not self.reserves:
-            return int(candidates[-1]) if len(candidates) else 0
-        for rank in reversed(candidates.tolist()):
-            if self._survives(rank, _tail(rank, total_rank), cap):
-                return int(rank)
-        return 0
+            return candidates[-1] if candidates else 0
+        survivors = (
+            rank
+            for rank in reversed(candidates)
+            if self._survives(rank, _tail(rank, total_rank), cap)
+        )
+        return next(survivors, 0)
 
-    def breakdown(self, ranks: Ranks, tail_ranks: Ranks = 0) -> Breakdown:
+    def needed(self, rank: int) -> int:
+        """Least bytes of the training process in which a rank trains, CUDA context included."""
+        if not self.reserves:
+            return self.live(rank)
+        return self.calibration.outside + int(self._caps_up_to(rank, 0)[-1])
+
+    def prepare(self, limit: int, total_rank: int = 0) -> None:
+        """Work out now what :meth:`largest` would at its first call."""
+        self._live_up_to(limit, total_rank)
+        if self.reserves:
+            self._caps_up_to(limit, total_rank)
+
+    def breakdown(
+        self, ranks: Ranks, tail_ranks: Ranks = 0, *, cap_bytes: int | None = None
+    ) -> Breakdown:
         """Categories of the phase that takes most.
 
         On a GPU in blocks of the allocator, as ``torch.cuda.max_memory_allocated`` counts them:
-        what rounding and blocks that are not split add goes to ``forward``.
+        what rounding and blocks that are not split add goes to ``forward``. ``cap_bytes`` is the
+        allocator's, without the context.
         """
-        key = (self._key(ranks), self._key(tail_ranks))
+        replays = self.replays(ranks, tail_ranks, cap_bytes=cap_bytes) if self.reserves else []
+        blocks = tuple(replay.allocated for replay in replays)
+        key = (self._key(ranks), self._key(tail_ranks), blocks)
         if key not in self._breakdowns:
             splits = [
                 trace.breakdown(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
@@ -148,8 +173,8 @@ class Footprint:
             ]
             if self.reserves:
                 splits = [
-                    replace(split, forward=split.forward + max(0, blocks.allocated - split.total))
-                    for split, blocks in zip(splits, self.replays(ranks, tail_ranks), strict=True)
+                    replace(split, forward=split.forward + max(0, taken - split.total))
+                    for split, taken in zip(splits, blocks, strict=True)
                 ]
             self._breakdowns[key] = max(splits, key=lambda split: split.total)
         return self._breakdowns[key]
@@ -166,6 +191,22 @@ class Footprint:
             live = np.maximum(live, (forms @ points).max(axis=0, initial=0))
         self._lives[key] = live
         return live
+
+    def _caps_up_to(self, limit: int, total_rank: int) -> NDArray[np.int64]:
+        """Least cap of the allocator at the ranks 1 … limit, in bytes: (limit,)."""
+
+        def attempt(rank: int, cap_bytes: int) -> tuple[bool, int]:
+            tail, reserved = _tail(rank, total_rank), 0
+            for phase in self._phases:
+                replay = self._replay(phase, rank, tail, cap_bytes)
+                if not replay.survived:
+                    return False, replay.refused
+                reserved = max(reserved, replay.reserved)
+            return True, reserved
+
+        if total_rank not in self._thresholds:
+            self._thresholds[total_rank] = Thresholds(attempt)
+        return self._thresholds[total_rank].up_to(self._live_up_to(limit, total_rank))
 
     @cached_property
     def _forms(self) -> list[NDArray[np.int64]]:

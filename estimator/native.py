@@ -41,29 +41,21 @@ typedef struct {
     Pool pools[2];
 } State;
 
-/* First bin of at least a size. */
-static i32 find(const Pool *pool, i64 size) {
-    i32 low = 0, high = pool->count;
-    while (low < high) {
-        i32 mid = (low + high) / 2;
-        if (pool->bins[mid].size < size) low = mid + 1;
-        else high = mid;
-    }
-    return low;
+/* First bin of at least a size; there are few. */
+static inline i32 find(const Pool *pool, i64 size) {
+    i32 place = 0;
+    while (place < pool->count && pool->bins[place].size < size) place++;
+    return place;
 }
 /* First place in a bin whose address is below; addresses fall. */
-static i32 seek(const State *s, const Bin *bin, i64 address) {
-    i32 low = 0, high = bin->count;
-    while (low < high) {
-        i32 mid = (low + high) / 2;
-        if (s->blocks[bin->at[mid]].address >= address) low = mid + 1;
-        else high = mid;
-    }
-    return low;
+static inline i32 seek(const State *s, const Bin *bin, i64 address) {
+    i32 place = bin->count;
+    while (place > 0 && s->blocks[bin->at[place - 1]].address < address) place--;
+    return place;
 }
 static void close_bin(Pool *pool, i32 place) {
     Bin empty = pool->bins[place];
-    memmove(pool->bins + place, pool->bins + place + 1, (pool->count - place - 1) * sizeof(Bin));
+    for (i32 i = place; i < pool->count - 1; i++) pool->bins[i] = pool->bins[i + 1];
     pool->bins[--pool->count] = empty;
 }
 static Bin *open_bin(State *s, Pool *pool, i32 place, i64 size) {
@@ -76,7 +68,7 @@ static Bin *open_bin(State *s, Pool *pool, i32 place, i64 size) {
         pool->room = room;
     }
     Bin empty = pool->bins[pool->count];
-    memmove(pool->bins + place + 1, pool->bins + place, (pool->count - place) * sizeof(Bin));
+    for (i32 i = pool->count; i > place; i--) pool->bins[i] = pool->bins[i - 1];
     empty.size = size;
     empty.count = 0;
     pool->bins[place] = empty;
@@ -98,7 +90,7 @@ static void put(State *s, i32 block) {
         bin->room = room;
     }
     i32 where = seek(s, bin, b->address);
-    memmove(bin->at + where + 1, bin->at + where, (bin->count - where) * sizeof(i32));
+    for (i32 i = bin->count; i > where; i--) bin->at[i] = bin->at[i - 1];
     bin->at[where] = block;
     bin->count++;
 }
@@ -108,7 +100,7 @@ static void take(State *s, i32 block) {
     i32 place = find(pool, b->size);
     Bin *bin = pool->bins + place;
     i32 where = seek(s, bin, b->address) - 1;
-    memmove(bin->at + where, bin->at + where + 1, (bin->count - where - 1) * sizeof(i32));
+    for (i32 i = where; i < bin->count - 1; i++) bin->at[i] = bin->at[i + 1];
     if (!--bin->count) close_bin(pool, place);
 }
 /* Blocks that are no more are used again, linked by next: what is touched stays in the cache. */

@@ -36,6 +36,8 @@ class Plan:
         Total rank of the frozen second adapter plus the trained one (0 = no tail).
     extras : tuple[Extra, ...]
         What the client does beside plain training.
+    precision : str
+        Of the frozen base: fp32, bf16, fp16, int8 or nf4.
     """
 
     ranks: Mapping[str, int]
@@ -48,6 +50,7 @@ class Plan:
     binding: Binding
     tail_rank: int = 0
     extras: tuple[Extra, ...] = ()
+    precision: str = "fp32"
 
     @property
     def rank(self) -> int:
@@ -68,6 +71,7 @@ class Plan:
             "binding": self.binding,
             "tail-rank": self.tail_rank,
             "extras": ",".join(self.extras),
+            "precision": self.precision,
         }
 
     @classmethod
@@ -86,4 +90,5 @@ class Plan:
             binding=record["binding"],  # type: ignore[arg-type]
             tail_rank=record["tail-rank"],  # type: ignore[arg-type]
             extras=tuple(str(record["extras"]).split(",")) if record["extras"] else (),  # type: ignore[arg-type]
+            precision=str(record["precision"]),
         )

@@ -2,17 +2,18 @@
 
 import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rankfit.configs.settings import ConfigError
+from rankfit.estimator.autocast import autocast_on_meta
 from rankfit.estimator.kernels import MATMULS, SCRATCH, aten, kernels
 from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.spec import StepSpec
-from rankfit.estimator.step import Phase, build, meta_batch, run_steps
+from rankfit.estimator.step import Phase, build, empty_batch, run_steps
 
 
 class TraceError(ConfigError):
@@ -85,7 +86,7 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, bool, Phase]] = []
         self._index: dict[int, int] = {}
         self._operator = ""
-        self._threads: set[Phase] = set()
+        self._threads: set[bool] = set()
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase."""
@@ -105,8 +106,9 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
         if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
             return self._value(args[0])
         self._operator = str(func)
-        if self.spec.accelerator == "cuda" and func in MATMULS and self.phase not in self._threads:
-            self._threads.add(self.phase)
+        backward = self.phase == "backward"  # in torch's own thread; all else in one
+        if self.spec.accelerator == "cuda" and func in MATMULS and backward not in self._threads:
+            self._threads.add(backward)
             self._begin(Allocation(str(func), 1, (), WORKSPACE))
         if self.phase == "optimizer" and func in IN_PLACE and args[0].device.type == "meta":
             return args[0]
@@ -136,8 +138,10 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
     def _end(self, index: int) -> None:
         self.events.append((index, False, self.phase))
 
-    def _value(self, scalar: torch.Tensor) -> bool:
-        """Answer ``mask.all()``: True when no batch holds padding."""
+    def _value(self, scalar: torch.Tensor) -> bool | float:
+        """Answer ``mask.all()``: True when no batch holds padding. An optimizer may read norms."""
+        if self.phase == "optimizer":
+            return 0.0
         if scalar.dtype != torch.bool:
             raise TraceError(
                 f"this model reads a {scalar.dtype} value out of a tensor to decide what it runs; "
@@ -179,8 +183,8 @@ def record(
     recorder.baseline(model)
     trained = [recorder.index(p) for p in model.parameters() if p.requires_grad]
     try:
-        with _collector_paused(), kernels(spec.accelerator), recorder:
-            optimizer = run_steps(spec, model, lambda: meta_batch(spec), recorder.enter)
+        with collector_paused(), kernels(spec.accelerator), _casts(spec), recorder:
+            optimizer = run_steps(spec, model, lambda: empty_batch(spec), recorder.enter)
     except (NotImplementedError, RuntimeError) as error:
         if not isinstance(error, NotImplementedError) and "fake impl" not in str(error):
             raise
@@ -199,8 +203,12 @@ def record(
     return Recording(list(recorder.allocations), list(recorder.events), trained, state)
 
 
+def _casts(spec: StepSpec) -> AbstractContextManager[None]:
+    return nullcontext() if spec.autocast == "none" else autocast_on_meta(spec.accelerator)
+
+
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Keep the garbage collector from releasing tensors at a moment that differs between runs."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,8 +1,11 @@
 """The plan search: what may change in a training step, cheapest in training time first."""
 
 from dataclasses import dataclass
+from typing import Self
 
+from rankfit.configs.learning import BITS
 from rankfit.configs.settings import RunSettings, split_list
+from rankfit.estimator.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -12,14 +15,24 @@ class Step:
     micro_batch: int
     accumulation: int
     checkpointing: bool
+    precision: str = "fp32"
+
+    @classmethod
+    def of(cls, plan: Plan) -> Self:
+        """The step that a plan is at."""
+        return cls(plan.micro_batch, plan.accumulation, plan.checkpointing, plan.precision)
 
     def __str__(self) -> str:
         text = f"micro-batch {self.micro_batch}"
-        return text + (" with checkpointing" if self.checkpointing else "")
+        text += " with checkpointing" if self.checkpointing else ""
+        return f"{text}, {self.precision} base"
 
 
 def steps(settings: RunSettings, *, can_checkpoint: bool, group_size: int = 1) -> list[Step]:
-    """Steps that the run config allows: as configured, smaller micro-batches, then checkpointing.
+    """Steps that the run config allows, in their order.
+
+    As configured, smaller micro-batches, checkpointing, and then the same in each lower precision
+    of the frozen base that ``plan.precisions`` names.
 
     Of ``group_size`` processes that share each batch, each takes a part, rounded up.
 
@@ -32,7 +45,14 @@ def steps(settings: RunSettings, *, can_checkpoint: bool, group_size: int = 1) -
     checkpointing = [settings.train.gradient_checkpointing]
     if "checkpointing" in search and can_checkpoint and True not in checkpointing:
         checkpointing.append(True)
-    return [Step(size, batch // size, each) for each in checkpointing for size in sizes]
+    own = settings.model.base_precision
+    lower = [each for each in split_list(settings.plan.precisions) if BITS[each] < BITS[own]]
+    return [
+        Step(size, batch // size, each, precision)
+        for precision in (own, *lower)
+        for each in checkpointing
+        for size in sizes
+    ]
 
 
 def halvings(batch: int) -> list[int]:

@@ -12,8 +12,10 @@ from rankfit.adapters.names import Moves
 from rankfit.estimator.report import Accelerator
 from rankfit.tasks.task import TensorSpec
 
-Precision = Literal["fp32", "bf16"]
-Optimizer = Literal["adamw", "sgd"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Quantization = Literal["none"]
+Autocast = Literal["none", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"]
 Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]
 
 #: Bytes of one number.
@@ -82,6 +84,8 @@ class StepSpec:
         A frozen second adapter beside the trained one.
     padded : bool
         Text batches hold padding, so that attention gets a mask.
+    momentum : float
+        Of ``sgd``.
     clips : bool
         Gradients are clipped by their norm.
     """
@@ -95,7 +99,10 @@ class StepSpec:
     heads: tuple[str, ...] = ()
     attention: str = "sdpa"
     precision: Precision = "fp32"
+    quantization: Quantization = "none"
+    autocast: Autocast = "none"
     optimizer: Optimizer = "adamw"
+    momentum: float = 0.0
     checkpointing: bool = False
     accumulates: bool = False
     dropout: float = 0.0
@@ -109,8 +116,10 @@ class StepSpec:
             "kind": (self.kind, get_args(Kind)),
             "accelerator": (self.accelerator, ("cuda", "cpu")),
             "attention": (self.attention, ("sdpa", "eager")),
-            "precision": (self.precision, ("fp32", "bf16")),
-            "optimizer": (self.optimizer, ("adamw", "sgd")),
+            "precision": (self.precision, get_args(Precision)),
+            "quantization": (self.quantization, get_args(Quantization)),
+            "autocast": (self.autocast, get_args(Autocast)),
+            "optimizer": (self.optimizer, get_args(Optimizer)),
             "moves": (self.moves, ("both", "a", "b")),
         }
         for field, (value, allowed) in choices.items():

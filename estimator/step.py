@@ -10,7 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from rankfit.estimator.spec import StepSpec
+from rankfit.estimator.optimizers import make_optimizer
+from rankfit.estimator.spec import InputSpec, StepSpec
 from rankfit.tasks import models
 from rankfit.tasks.adapted import train_only
 
@@ -40,13 +41,14 @@ def run_steps(
         Told of each phase as it begins.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(spec, trained)
+    optimizer = make_optimizer(spec, model)
     passes = PASSES[spec.accumulates]
     for _ in range(STEPS):
         for _ in range(passes):
             enter("forward")
             inputs = batch()
-            loss = model(**inputs).loss
+            with _autocast(spec, trained[0].device.type):
+                loss = model(**inputs).loss
             enter("backward")
             (loss / passes).backward()
             del loss, inputs
@@ -58,22 +60,28 @@ def run_steps(
     return optimizer
 
 
-def make_optimizer(spec: StepSpec, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer as it runs there: foreach on a GPU, one tensor at a time on a CPU."""
-    foreach = spec.accelerator == "cuda"
-    if spec.optimizer == "adamw":
-        return torch.optim.AdamW(trained, lr=1e-3, foreach=foreach)
-    return torch.optim.SGD(trained, lr=1e-3, foreach=foreach)
+def _autocast(spec: StepSpec, device: str) -> torch.autocast:
+    """As the trainer does; on meta tensors that of the CPU is the switch."""
+    lower = None if spec.autocast == "none" else models.DTYPES[spec.autocast]
+    device = "cpu" if device == "meta" else device
+    return torch.autocast(device, dtype=lower, enabled=lower is not None)
 
 
-def meta_batch(spec: StepSpec) -> dict[str, Tensor]:
-    """Build an empty batch of the spec's shapes on the meta device."""
+def empty_batch(spec: StepSpec, device: str = "meta") -> dict[str, Tensor]:
+    """Build a batch of the spec's shapes; what is floating comes in the type of the base."""
     return {
         item.name: torch.empty(
-            (spec.micro_batch, *item.shape), dtype=getattr(torch, item.dtype), device="meta"
+            (spec.micro_batch, *item.shape), dtype=_type_of(spec, item), device=device
         )
         for item in spec.inputs
     }
+
+
+def _type_of(spec: StepSpec, item: InputSpec) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, item.dtype)
+    if not dtype.is_floating_point or item.name == "labels":
+        return dtype
+    return models.DTYPES[spec.precision]
 
 
 def build(

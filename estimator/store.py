@@ -17,7 +17,7 @@ from rankfit.estimator.spec import StepSpec
 log = logging.getLogger(__name__)
 
 #: Changes with the meaning of what is kept.
-FORMAT = 2
+FORMAT = 3
 
 
 def default_folder() -> Path:

@@ -7,6 +7,7 @@ layers are recorded at two small depths only (:mod:`rankfit.estimator.depth`).
 from dataclasses import replace
 
 from rankfit.estimator.depth import solve_deep
+from rankfit.estimator.record import collector_paused
 from rankfit.estimator.solve import StepFamily, TraceError, solve
 from rankfit.estimator.spec import StepSpec
 from rankfit.estimator.store import TraceStore
@@ -66,7 +67,8 @@ class TraceCache:
             kept = self._store.read(name, spec)
             if kept is not None:
                 return kept
-        family = solve_deep(spec, batches)
+        with collector_paused():  # a tenth of the time
+            family = solve_deep(spec, batches)
         if self._store is not None:
             self._store.write(name, family)
         return family

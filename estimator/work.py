@@ -17,7 +17,7 @@ from rankfit.estimator.depth import depth_of, shallow
 from rankfit.estimator.kernels import kernels
 from rankfit.estimator.record import Recorder
 from rankfit.estimator.spec import StepSpec
-from rankfit.estimator.step import PASSES, STEPS, build, meta_batch, run_steps
+from rankfit.estimator.step import PASSES, STEPS, build, empty_batch, run_steps
 
 #: Depths at which models of equal layers are counted.
 DEPTHS = (2, 3)
@@ -115,5 +115,5 @@ def _count(spec: StepSpec, rank: int) -> float:
     model = build(spec, dict.fromkeys(spec.targets, rank))
     counter = FlopCounterMode(display=False)
     with kernels(spec.accelerator), Recorder(spec), counter:
-        run_steps(spec, model, lambda: meta_batch(spec))
+        run_steps(spec, model, lambda: empty_batch(spec))
     return counter.get_total_flops() / (STEPS * PASSES[spec.accumulates] * spec.micro_batch)

@@ -20,7 +20,8 @@ def plans(strategy: HeterogeneousLora) -> Table:
         table.add_column(name, justify="right" if "M" in name else "left", overflow="fold")
     for name in ("rank", "micro-batch"):
         table.add_column(name, justify="right")
-    table.add_column("binds")
+    for name in ("base", "binds"):
+        table.add_column(name)
     for client in sorted(strategy.fleet.devices, key=natural):
         report = strategy.fleet.devices[client].report
         link = f"{_mbps(report.upload_mbps)} / {_mbps(report.download_mbps)}"
@@ -29,7 +30,7 @@ def plans(strategy: HeterogeneousLora) -> Table:
         if plan is None:
             reason = strategy.planner.refused.get(client, "not planned")
             budget = _mib(report.budget_bytes)
-            table.add_row(*first, budget, "–", link, "–", "–", reason)
+            table.add_row(*first, budget, "–", link, "–", "–", "–", reason)
             continue
         batch = f"{plan.micro_batch} × {plan.accumulation}"
         table.add_row(
@@ -39,6 +40,7 @@ def plans(strategy: HeterogeneousLora) -> Table:
             link,
             str(plan.rank),
             batch + (" + checkpointing" if plan.checkpointing else ""),
+            plan.precision,
             plan.binding,
         )
     return table

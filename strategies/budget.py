@@ -120,7 +120,7 @@ class Budget:
             return self.estimator.lower(self.report, self.plan, ranks)
         # The memory model knows no module with a frozen adapter alone: rank 1 stands in for 0.
         stand_in = {m: max(1, ranks.get(m, 0)) for m in self.estimator.spec.targets}
-        step = Step(planned.micro_batch, planned.accumulation, planned.checkpointing)
+        step = Step.of(planned)
         footprint = self.estimator.footprint(self.report, step, stand_in, tail=True)
         peak = footprint.expected(stand_in, frozen, self.memory_bytes)
         total = max(ranks.get(m, 0) + rank for m, rank in frozen.items())

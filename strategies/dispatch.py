@@ -72,17 +72,16 @@ class Dispatch:
             )
         return assignments, outgoing
 
-    def evaluation(self, adapter: Adapter, nodes: list[int]) -> list[Message]:
-        """One message for each node, with the whole adapter."""
+    def evaluation(self, adapter: Adapter, nodes: list[tuple[int, Plan]]) -> list[Message]:
+        """One message for each (node id, plan), with the whole adapter, on the plan's base."""
         arrays = encode(adapter.state_dict(), self._settings.wire.dtype)
         record = messages.arrays_record(arrays)
-        config = ConfigRecord({**self._config(adapter.scale)})
-        return [
-            self._message(
-                RecordDict({"adapter": record, "plan": config}), node_id, messages.EVALUATE
-            )
-            for node_id in nodes
-        ]
+        outgoing = []
+        for node_id, plan in nodes:
+            config = ConfigRecord({**self._config(adapter.scale), "precision": plan.precision})
+            content = RecordDict({"adapter": record, "plan": config})
+            outgoing.append(self._message(content, node_id, messages.EVALUATE))
+        return outgoing
 
     def _parcel(
         self,

@@ -170,7 +170,7 @@ class HeterogeneousLora(Strategy):
         """Build one evaluation message, with the whole global adapter, for each client."""
         seed = derive(self.settings.run.seed, "evaluate", server_round)
         clients = sample(self.plans, self.settings.server.clients_per_round, seed)
-        nodes = [self.fleet.devices[client].node_id for client in clients]
+        nodes = [(self.fleet.devices[client].node_id, self.plans[client]) for client in clients]
         return self._dispatch(server_round).evaluation(adapter, nodes)
 
     def state(self) -> dict[str, Any]:

@@ -47,6 +47,7 @@ __all__ = [
     "inject",
     "load_base",
     "load_config",
+    "lower_base",
     "resolve_source",
     "shared_heads",
     "target_modules",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Problem = Literal["classification", "regression"]
 
 _AUTO = {
@@ -63,7 +64,7 @@ _AUTO = {
     "causal-lm": AutoModelForCausalLM,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
 }
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: What of a config changes the result without showing in a parameter's name or shape.
 _ESSENTIALS = (
     "model_type",
@@ -156,12 +157,33 @@ def build_empty(
     try:
         with torch.device("meta"):
             model = _AUTO[kind].from_config(
-                config, attn_implementation=attention, dtype=_DTYPES[precision]
+                config, attn_implementation=attention, dtype=DTYPES[precision]
             )
     except (ValueError, ImportError) as error:
         raise _unbuildable(config, kind, attention, error) from error
     model.requires_grad_(False)
     return model.train()
+
+
+def lower_base(base: PreTrainedModel, kind: Kind, precision: Precision) -> PreTrainedModel:
+    """Copy a loaded base with every tensor in the type that a model of this precision keeps it in.
+
+    The copy holds the very weights of the base, rounded: what is drawn at random or loaded anew in
+    another precision need not.
+    """
+    attention = str(base.config._attn_implementation)
+    empty = build_empty(base.config, kind, attention=attention, precision=precision)
+    types = {name: tensor.dtype for name, tensor in _tensors(empty)}
+    lowered = copy.deepcopy(base)
+    for name, tensor in _tensors(lowered):
+        tensor.data = tensor.data.to(types[name])
+    lowered.config.dtype = DTYPES[precision]
+    return lowered
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _lacks_padding(config: PreTrainedConfig) -> bool:
@@ -201,7 +223,7 @@ def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedM
                 model = _AUTO[kind].from_config(
                     config,
                     attn_implementation=model_settings.attention,
-                    dtype=_DTYPES[model_settings.precision],
+                    dtype=DTYPES[model_settings.precision],
                 )
             else:
                 model = _load_weights(model_settings, kind, source, config, quantized)
@@ -224,7 +246,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {
         "config": config,
-        "dtype": _DTYPES[model.precision],
+        "dtype": DTYPES[model.precision],
         "attn_implementation": model.attention,
         "ignore_mismatched_sizes": True,  # a head of other classes; anything else is refused below
         "output_loading_info": True,

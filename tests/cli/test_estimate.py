@@ -79,9 +79,9 @@ def test_a_bad_fleet_file_is_named(tmp_path: Path, text: str, message: str):
 
 def test_the_reason_of_each_step_of_the_search_is_shown():
     text = run("estimate", "quickstart", "--memory-mib", "2.5")
-    assert "micro-batch 32: the least rank needs" in text and "too much" in text
+    assert "micro-batch 32, fp32 base: the least rank needs" in text and "too much" in text
     (record,) = json.loads(run("estimate", "quickstart", "--memory-mib", "2.5", "--format", "json"))
-    assert record["rejected"][0]["step"] == "micro-batch 32"
+    assert record["rejected"][0]["step"] == "micro-batch 32, fp32 base"
     assert record["rejected"][0]["needs-bytes"] > record["budget-bytes"] >= record["peak-bytes"]
     nothing = run("estimate", "quickstart", "--memory-mib", "0.2")
     assert "Nothing that is allowed fits: needs" in nothing.replace("\n", " ")

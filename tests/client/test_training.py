@@ -12,9 +12,11 @@ from rankfit.adapters.state import Adapter, initial
 from rankfit.client.trainer import Job, train
 from rankfit.client.workspace import Workspace
 from rankfit.configs.settings import from_flat
+from rankfit.estimator.fit import Estimator, inputs_of
 from rankfit.estimator.plan import Plan
 from rankfit.tasks.adapted import target_shapes
 from rankfit.tasks.models import target_modules
+from tests.estimator.small import device
 
 RECORDS = [
     {
@@ -107,3 +109,37 @@ def test_rows_without_an_answer_in_them_teach_nothing(root: Path) -> None:
     result = trained(space, 4)
     assert result.metrics["train-loss"] == 0
     assert all(torch.isfinite(tensor).all() for tensor in result.state.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.optimizer": "adamw-fused", "train.learning-rate": 0.05},
+        {"train.optimizer": "adafactor", "train.learning-rate": 0.05},
+        {"train.momentum": 0.9, "train.learning-rate": 0.1},
+        {"model.precision": "fp16"},
+        {"train.autocast": "fp16"},
+    ],
+    ids=lambda changes: " ".join(str(value) for value in changes.values()),
+)
+def test_every_way_to_train_learns_within_its_estimate(
+    root: Path, changes: dict[str, object]
+) -> None:
+    space = workspace(root, **changes, **{"train.steps": 6})
+    precision = space.settings.model.base_precision
+    adapter = start(space)
+    plan = Plan(adapter.ranks, "both", 8, 1, False, 0, 0, "cap", precision=precision)
+    result = train(space, Job("one", 1, plan, adapter, np.arange(8), None))
+    longer = train(
+        workspace(root, **changes, **{"train.steps": 12}),
+        Job("one", 1, plan, adapter, np.arange(8), None),
+    )
+    assert longer.metrics["train-loss"] < result.metrics["train-loss"]
+    assert all(tensor.dtype == torch.float32 for tensor in result.state.values())
+    estimator = Estimator.for_run(
+        space.settings, space.base.config, inputs_of(space.task.example_batch(1))
+    )
+    footprint = estimator.footprint(device(1), estimator.steps[0])
+    lengths = space.task.train.collate(list(range(8)))["input_ids"].shape[1]
+    assert lengths < 256, "the estimate is of the longest text there can be"
+    assert result.metrics["peak-memory-bytes"] < footprint.live(2)

@@ -79,7 +79,7 @@ def train(rank: int = 4, number: int = 1, partition: int = 0) -> Request:
 def evaluate(partition: int = 0) -> Request:
     """What the server sends to have the global adapter measured."""
     adapter, base = start()
-    record = {"round": 1, "scale": adapter.scale, "fingerprint": base}
+    record = {"round": 1, "scale": adapter.scale, "fingerprint": base, "precision": "fp32"}
     return Request("evaluate", record, encode(adapter.state_dict(), "float32"), partition, 2)
 
 

@@ -147,8 +147,8 @@ def test_what_a_client_took_above_its_estimate_is_kept_free(make):
 def test_order_of_the_search():
     settings = from_flat(RUN)
     assert [str(step) for step in steps(settings, can_checkpoint=True)] == [
-        *(f"micro-batch {size}" for size in (8, 4, 2, 1)),
-        *(f"micro-batch {size} with checkpointing" for size in (8, 4, 2, 1)),
+        *(f"micro-batch {size}, fp32 base" for size in (8, 4, 2, 1)),
+        *(f"micro-batch {size} with checkpointing, fp32 base" for size in (8, 4, 2, 1)),
     ]
     assert len(steps(settings, can_checkpoint=False)) == 4
     only = from_flat(RUN | {"plan.search": ""})

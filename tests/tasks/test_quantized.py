@@ -61,7 +61,7 @@ def test_adapters_train_on_a_quantised_base(root: Path, kind: str) -> None:
     start = initial(shapes, 4, 1.0, {}, seed=0)
     plan = Plan(ranks=start.ranks, moves="both", micro_batch=8, accumulation=1,
                 checkpointing=False, peak_bytes=0, budget_bytes=0, binding="cap",
-                tail_rank=0)  # fmt: skip
+                tail_rank=0, precision=kind)  # fmt: skip
     rows = np.arange(8)
     first = evaluate(space, start, rows)["loss"]
     update = train(space, Job("one", 1, plan, start, rows, None))
