@@ -42,6 +42,8 @@ MIXES = {
     "2-4-8": ('fleet.upload-mbps="5, 8, 20"',),
 }
 RATES = (0.003, 0.01, 0.03)
+#: The methods that the slower comparisons are between.
+LEADING = ("fedit", "flexlora", "fslora", "hetlora", "hralora", "rankfit")
 #: Rows beside the catalogue, in one setting.
 ABLATIONS = ("rankfit+method.without=tail", "alternating+method.tail=true")
 
