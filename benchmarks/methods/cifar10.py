@@ -18,7 +18,8 @@ def cifar10_grid(data: Path, vit: Path) -> Grid:
     """The comparison, over the held-out classes as :func:`benchmarks.tasks.held_out` wrote them."""
     parts = (
         *SHARED, f"model.source={vit}", f"data.source={data}", "data.train-samples=2400",
-        "data.test-samples=500", "server.evaluate-every=4", *SPLITS["dirichlet-0.3"], *MIXES["1-2-8"],
+        "data.test-samples=500", "server.evaluate-every=4", *SPLITS["dirichlet-0.3"],
+        *MIXES["1-2-8"],
     )  # fmt: skip
     return Grid(
         name="cifar10",
