@@ -202,6 +202,8 @@ class Server(Table):
     #: Decay of a moving average of the global adapter and head, which is then what is evaluated
     #: and exported (0 = none).
     average: Share = 0.0
+    #: Evaluate what that average is taken of as well, as ``unaveraged-accuracy`` and so on.
+    evaluate_unaveraged: bool = False
     #: Measure spectrum, truncation and distance from the true mean in every round.
     diagnostics: bool = True
 

@@ -40,6 +40,9 @@ from rankfit.tasks.scores import pooled
 
 log = logging.getLogger(__name__)
 
+#: Of this process: runs that follow one another trace a step once.
+_TRACES = TraceCache()
+
 #: How long the end of a run waits for clients to end their workers.
 _FAREWELL_SECONDS = 30.0
 
@@ -119,10 +122,10 @@ def build(settings: RunSettings) -> Federation:
     targets = target_modules(base, settings.lora.targets)
     heads = shared_heads(base, settings.head)
     shapes = target_shapes(base, targets, settings.lora.rank)
-    traces, inputs = TraceCache(), inputs_of(task.example_batch(1))
+    inputs = inputs_of(task.example_batch(1))
 
     def estimator(planned: RunSettings, phases: tuple[Moves, ...]) -> Estimator:
-        return Estimator.for_run(planned, base.config, inputs, phases=phases, traces=traces)
+        return Estimator.for_run(planned, base.config, inputs, phases=phases, traces=_TRACES)
 
     start = initial(
         shapes,
@@ -153,6 +156,9 @@ def play_round(
     line["train-seconds"] = round(time.monotonic() - began, 3)
     if number % settings.server.evaluate_every == 0 or number == settings.run.rounds:
         line["evaluation"] = _evaluate(federation, grid, strategy.exported(adapter), number)
+        if settings.server.average and settings.server.evaluate_unaveraged:
+            below = _evaluate(federation, grid, strategy.unaveraged(adapter), number)
+            line["evaluation"] |= {f"unaveraged-{name}": value for name, value in below.items()}
     line["clients"] = {outcome.client: _client_line(outcome) for outcome in outcomes}
     return adapter, line
 

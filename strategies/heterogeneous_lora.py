@@ -166,6 +166,10 @@ class HeterogeneousLora(Strategy):
         """What is evaluated and saved in the place of the adapter that training goes on from."""
         return self.advance.exported(adapter)
 
+    def unaveraged(self, adapter: Adapter) -> Adapter:
+        """What a moving average is taken of: the adapter with what was folded."""
+        return join(adapter, self.advance.folded)
+
     def evaluation_messages(self, server_round: int, adapter: Adapter) -> list[Message]:
         """Build one evaluation message, with the whole global adapter, for each client."""
         seed = derive(self.settings.run.seed, "evaluate", server_round)
