@@ -86,7 +86,8 @@ def _captured(products: Tensor, rank: int) -> float:
 def leading(symmetric: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the ``rank`` largest eigenvalues, (n, rank), largest first."""
     if symmetric.is_cuda:
-        return torch.linalg.eigh(symmetric)[1][:, -rank:].flip(1)
+        largest: Tensor = torch.linalg.eigh(symmetric)[1][:, -rank:]
+        return largest.flip(1)
     # LAPACK's subset driver is several times faster than all of torch.linalg.eigh.
     n = len(symmetric)
     _, vectors = scipy.linalg.eigh(

@@ -57,7 +57,7 @@ class Crew:
             mine, theirs = socket.socketpair()
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, str(root), str(place.folder)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 env=os.environ | _environment(order.group, rank, int(os.environ["MASTER_PORT"])),
             )
             theirs.close()
@@ -101,7 +101,6 @@ def main() -> None:
     while True:
         request = requests.get()
         try:
-            space.unpark()
             perform(space, request)
         except Exception:  # the worker has the same error, or was told of this one
             log.exception("%s: failed", request.kind)

@@ -288,7 +288,7 @@ def _fit(
         called = cast(nn.Module, torch.compile(model, backend=settings.train.compile))
     meter = meter_of(workspace.device, job.cap_bytes, model, optimizer, group.size)
     scaler = loss_scaler(settings, plan.precision, workspace.device)
-    loss_sum, seen, steps, skipped = 0.0, 0, 0, 0
+    loss_sum, seen, steps, skipped = 0.0, 0.0, 0, 0
     for batch in _batches(settings, job):
         # Encoded before the step: what the data set itself holds is no memory of the step.
         own = group.share(batch)

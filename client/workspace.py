@@ -87,7 +87,7 @@ class Workspace:
             base = cast(PreTrainedModel, base.to(self.device))
         self._placed = precision
         log.info(
-            "base model %s in %s on %s in %.2f s",
+            "base model %s loaded in %s, on %s, in %.2f s",
             self.settings.model.source, precision, self.device, time.monotonic() - began,
         )  # fmt: skip
         return base
