@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rankfit.client.group import Group
 from rankfit.client.heads import HeadStore
+from rankfit.configs.learning import QUANTIZED
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import (
@@ -31,9 +32,6 @@ from rankfit.tasks.partition import alike, partition_of
 from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
-
-#: Precisions of a base that lies where it was loaded.
-QUANTIZED = ("int8", "nf4")
 
 
 class WrongBase(RuntimeError):
