@@ -91,7 +91,7 @@ def test_what_cannot_be_quantised_is_refused_by_name(
 @pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed (extra quantized)")
 @pytest.mark.parametrize("precision", ["nf4", "nf4-single", "int8"])
 def test_a_plan_lowers_the_base_of_one_client(root: Path, precision: str) -> None:
-    """The base is checked as the server has it; what is trained on is another one of its weights."""
+    """The base is checked as the server has it; trained is on its weights in fewer bits."""
     space = workspace(root, "none")
     targets = target_modules(space.base, "default")
     expected, own = space.fingerprint, space.base
