@@ -101,7 +101,6 @@ def main() -> None:
     while True:
         request = requests.get()
         try:
-            space.unpark()
             perform(space, request)
         except Exception:  # the worker has the same error, or was told of this one
             log.exception("%s: failed", request.kind)

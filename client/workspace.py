@@ -21,7 +21,6 @@ from rankfit.configs.learning import QUANTIZED
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import (
-    Precision,
     fingerprint,
     load_base,
     lower_base,
@@ -99,8 +98,7 @@ class Workspace:
                 at = settings.model_copy(update={"model": model})
                 base = load_base(at, self.task.labels)
             else:
-                kind = cast(Precision, model.precision)
-                base = lower_base(self._load(self._own), settings.task.kind, kind)
+                base = lower_base(self._load(self._own), settings.task.kind, model.precision)
             self._bases[precision] = base
         return self._bases[precision]
 

@@ -29,9 +29,11 @@ OUTLIERS = 0.01
 class QuantizedLinear(nn.Linear):
     """A frozen layer whose weight lies in ``stored`` tensors; only their bytes are right."""
 
+    scales: Tensor
+
     def __init__(self, layer: nn.Module, spec: StepSpec) -> None:
         weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor) and isinstance(bias, nn.Parameter | None)
         outputs, inputs = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
         super().__init__(inputs, outputs, bias=False, device="meta", dtype=weight.dtype)
         self.spec = spec
@@ -40,12 +42,12 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(stored.pop("weight"), requires_grad=False)
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """As bitsandbytes' layer: a product whose backward pass unpacks the weight again."""
         product = _Int8Product if self.spec.quantization == "int8" else _Nf4Product
-        result: Tensor = product.apply(x, self)
+        result: Tensor = product.apply(x, self)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -78,14 +80,14 @@ class _Nf4Product(torch.autograd.Function):
     """bitsandbytes' ``MatMul4Bit``: keeps no input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         if layer.spec.accelerator == "cuda":  # on a CPU inside the operator, and not seen
             _unpacked(layer)
         return _linear(x, layer)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         weight = _unpacked(ctx.layer).to(gradient.dtype)
         return torch.matmul(gradient, weight), None
 
@@ -94,7 +96,7 @@ class _Int8Product(torch.autograd.Function):
     """bitsandbytes' ``MatMul8bitFp`` (CPU) and ``MatMul8bitLt`` (GPU): both keep their input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer, ctx.x = layer, x
         if layer.spec.accelerator == "cpu":
             weight = _scaled(layer, x.dtype)
@@ -110,7 +112,7 @@ class _Int8Product(torch.autograd.Function):
         return result.view(*ctx.x.shape[:-1], layer.out_features)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         shape = ctx.x.shape
         gradient = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         weight = _scaled(ctx.layer, ctx.x.dtype)
@@ -190,4 +192,4 @@ def adapt(model: nn.Module) -> None:
         if isinstance(module, LoraLinear):
             layer = module.get_base_layer()
             if isinstance(layer, QuantizedLinear):
-                module.forward = partial(_adapted, module, layer)  # type: ignore[method-assign]
+                module.forward = partial(_adapted, module, layer)
