@@ -42,6 +42,7 @@ def run(method: str, wire: WireType) -> dict[str, Any]:
             [
                 "quickstart", f"run.directory={folder}", "run.name=traffic", f"run.rounds={ROUNDS}",
                 f"method.name={method}", f"wire.dtype={wire}", "server.evaluate=none",
+                *(["plan.download-seconds=0"] if method in FOLDING else []),
             ]
         )  # fmt: skip
         over_ray(settings)

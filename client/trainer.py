@@ -317,7 +317,7 @@ def _fit(
             scaler.step(optimizer)
             before = scaler.get_scale()
             scaler.update()
-            skipped += scaler.get_scale() < before
+            skipped += int(scaler.get_scale() < before)
             optimizer.zero_grad(set_to_none=True)
         seen, steps = seen + total, steps + 1
     (loss_sum,) = group.agree(loss_sum)

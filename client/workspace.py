@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from rankfit.client.group import Group
 from rankfit.client.heads import HeadStore
+from rankfit.configs.learning import QUANTIZED
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import (
-    Precision,
     fingerprint,
     load_base,
     lower_base,
@@ -31,9 +31,6 @@ from rankfit.tasks.partition import alike, partition_of
 from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
-
-#: Precisions of a base that lies where it was loaded.
-QUANTIZED = ("int8", "nf4")
 
 
 class WrongBase(RuntimeError):
@@ -101,8 +98,7 @@ class Workspace:
                 at = settings.model_copy(update={"model": model})
                 base = load_base(at, self.task.labels)
             else:
-                kind = cast(Precision, model.precision)
-                base = lower_base(self._load(self._own), settings.task.kind, kind)
+                base = lower_base(self._load(self._own), settings.task.kind, model.precision)
             self._bases[precision] = base
         return self._bases[precision]
 

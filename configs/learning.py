@@ -16,7 +16,9 @@ from rankfit.configs.table import (
 )
 
 #: Bits of one frozen weight in each precision of a base, scales of the blocks included.
-BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "nf4": 4.127}
+BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "nf4-single": 4.5, "nf4": 4.127}
+#: Those in which bitsandbytes keeps it.
+QUANTIZED = ("int8", "nf4-single", "nf4")
 
 #: Figures of a classifier or of a regression, by name.
 CLASS_METRICS = ("accuracy", "macro-f1", "micro-f1", "f1", "mcc")
@@ -71,8 +73,9 @@ class Model(Table):
     revision: str = "main"
     attention: Literal["sdpa", "eager"] = "sdpa"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    #: The frozen base in 4 or 8 bits through bitsandbytes (extra ``quantized``).
-    quantization: Literal["none", "nf4", "int8"] = "none"
+    #: The frozen base in 4 or 8 bits through bitsandbytes (extra ``quantized``). The scales of
+    #: ``nf4`` are quantised too, those of ``nf4-single`` are not.
+    quantization: Literal["none", "nf4", "nf4-single", "int8"] = "none"
     trust_remote_code: bool = False
 
     @property
@@ -87,7 +90,7 @@ class Model(Table):
         """
         if precision == self.base_precision:
             return self
-        if precision in ("int8", "nf4"):
+        if precision in QUANTIZED:
             computed = "bf16" if self.precision == "fp32" else self.precision
             return self.model_copy(update={"precision": computed, "quantization": precision})
         return self.model_copy(update={"precision": precision, "quantization": "none"})

@@ -13,7 +13,7 @@ from rankfit.estimator.report import Accelerator
 from rankfit.tasks.task import TensorSpec
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Quantization = Literal["none"]
+Quantization = Literal["none", "int8", "nf4", "nf4-single"]
 Autocast = Literal["none", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"]
 Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]

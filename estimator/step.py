@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from rankfit.estimator.optimizers import make_optimizer
+from rankfit.estimator.quantized import adapt, quantize
 from rankfit.estimator.spec import InputSpec, StepSpec
 from rankfit.tasks import models
 from rankfit.tasks.adapted import train_only
@@ -104,9 +105,13 @@ def build(
     if spec.checkpointing:
         config.use_cache = False  # as the model does itself, with a warning
     base = models.build_empty(config, spec.kind, attention=spec.attention, precision=spec.precision)
+    if spec.quantization != "none":
+        quantize(base, spec)
     model = models.inject(
         base, ranks, scale=1.0, dropout=spec.dropout, heads=spec.heads, tail_ranks=tail_ranks
     )
+    if spec.quantization != "none":
+        adapt(model)
     if spec.moves != "both":
         train_only(model, spec.moves)
     if spec.checkpointing:

@@ -93,6 +93,7 @@ def work_of(spec: StepSpec) -> Work:
     """
     # FLOPs are alike on all devices; the kernels of a GPU are those that the counter knows.
     spec = replace(spec, accelerator="cuda", micro_batch=2, accumulates=False, tail=False)
+    spec = replace(spec, quantization="none", autocast="none")
     one, two = (_flops(spec, rank) for rank in (1, 2))
     return Work(one - (two - one), two - one)
 

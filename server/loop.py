@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rankfit.adapters.names import Moves
 from rankfit.adapters.state import Adapter, initial
 from rankfit.configs.seeds import derive
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import RunSettings, split_list
 from rankfit.estimator.fit import Estimator, inputs_of
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.tracer import TraceCache
@@ -36,7 +36,9 @@ from rankfit.tasks.adapted import head_tensors, target_shapes
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import fingerprint, load_base, shared_heads, target_modules
 from rankfit.tasks.partition import partition_of
+from rankfit.tasks.quantized import check_quantizable
 from rankfit.tasks.scores import pooled
+from rankfit.tasks.sources import resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,9 @@ def build(settings: RunSettings) -> Federation:
     if settings.partition.kind != "local":
         parts = partition_of(task.train.examples, settings, settings.simulation.clients)
         holdings = Holdings(parts, task.train.labels, task.class_names)
+    for precision in split_list(settings.plan.precisions):
+        lowered = settings.model.at(precision)
+        check_quantizable(lowered, resolve_source(lowered.source).kind)
     base = load_base(settings, task.labels)
     targets = target_modules(base, settings.lora.targets)
     heads = shared_heads(base, settings.head)

@@ -9,11 +9,26 @@ from rankfit.configs.settings import Model
 from rankfit.tasks.sources import ModelError
 
 
+def check_quantizable(model: Model, source: str) -> None:
+    """Refuse to quantise a base whose source has no weights to read: ``builtin:``, ``config:``.
+
+    Raises
+    ------
+    ModelError
+        If it has none.
+    """
+    if model.quantization != "none" and source not in ("folder", "hub"):
+        raise ModelError(
+            f"model.quantization {model.quantization!r}: {model.source!r} is not a folder or hub "
+            "id with weights"
+        )
+
+
 def quantization(model: Model, source: str) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for ``model.quantization``; {} = as the weights are.
 
-    nf4 is 4-bit NormalFloat with double quantisation (QLoRA, arXiv:2305.14314); int8 is LLM.int8()
-    (arXiv:2208.07339). What is computed is in ``model.precision``.
+    nf4 is 4-bit NormalFloat with double quantisation (QLoRA, arXiv:2305.14314), nf4-single without;
+    int8 is LLM.int8() (arXiv:2208.07339). What is computed is in ``model.precision``.
 
     Raises
     ------
@@ -22,11 +37,7 @@ def quantization(model: Model, source: str) -> dict[str, Any]:
     """
     if model.quantization == "none":
         return {}
-    if source not in ("folder", "hub"):
-        raise ModelError(
-            f"model.quantization {model.quantization!r}: {model.source!r} is not a folder or hub "
-            "id with weights"
-        )
+    check_quantizable(model, source)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"model.quantization {model.quantization!r} needs bitsandbytes: pip install "
@@ -34,15 +45,15 @@ def quantization(model: Model, source: str) -> dict[str, Any]:
         )
     from transformers import BitsAndBytesConfig
 
-    kind = torch.bfloat16 if model.precision == "bf16" else torch.float32
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[model.precision]
     config = (
         BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            bnb_4bit_use_double_quant=model.quantization == "nf4",
             bnb_4bit_compute_dtype=kind,
         )
-        if model.quantization == "nf4"
+        if model.quantization != "int8"
         else BitsAndBytesConfig(load_in_8bit=True)
     )
     # The current one: each process of a client with several GPUs has its own.

@@ -33,10 +33,17 @@ def test_free_memory_above_the_total():
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({"model.precision": "fp8"}, "model.precision.*'fp32' or 'bf16'.*'fp8'"),
+        ({"model.precision": "fp8"}, "model.precision.*'fp32', 'bf16' or 'fp16'.*'fp8'"),
         ({"model.attention": "paged"}, "model.attention.*'sdpa' or 'eager'"),
-        ({"train.optimizer": "lion"}, "train.optimizer.*'adamw' or 'sgd'"),
+        ({"train.optimizer": "lion"}, "train.optimizer.*'adamw', .*'sgd' or 'adafactor'"),
         ({"plan.search": "micro-batch,precision"}, "plan.search: unknown step 'precision'"),
+        ({"plan.precisions": "bf16,fp12"}, "plan.precisions: unknown precision 'fp12'"),
+        ({"model.quantization": "int4"}, "model.quantization.*'int4'"),
+        (
+            {"model.precision": "fp16", "train.autocast": "bf16"},
+            "train.autocast bf16 with a base in fp16 mixes two 16-bit types",
+        ),
+        ({"train.momentum": 1.5}, "train.momentum"),
         ({"plan.margin-mib": -1.0}, "plan.margin-mib"),
         ({"plan.read-memory": "never"}, "plan.read-memory"),
         ({"fleet.memory-mib": "4,0"}, "fleet.memory-mib: every figure must be above 0"),

@@ -12,7 +12,7 @@ from rankfit.configs.settings import ConfigError, from_flat
 from rankfit.estimator.fit import Estimator, inputs_of
 from rankfit.estimator.search import steps
 from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import load_config
+from rankfit.tasks.models import ModelError, load_config
 from tests.estimator.small import device
 from tests.server.federation import run, settings_for
 
@@ -69,6 +69,12 @@ def test_the_smaller_device_trains_on_a_bf16_base_within_its_memory(
         assert own["peak-memory-bytes"] <= small * MIB < other["peak-memory-bytes"]
         assert 0 < own["train-loss"] < 10 and line["evaluation"]["loss"] > 0
     assert "bf16" in (folder / "report.html").read_text()
+
+
+def test_a_base_without_weights_to_read_is_not_planned_in_4_bits(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "none", *TWO, "plan.precisions=bf16,nf4")
+    with pytest.raises(ModelError, match="'builtin:font-vit' is not a folder or hub id"):
+        run(settings)
 
 
 def test_precisions_are_searched_last_and_only_downwards() -> None:

@@ -86,3 +86,21 @@ def test_what_cannot_be_quantised_is_refused_by_name(
     with pytest.raises(ModelError, match=r"pip install 'rankfit\[quantized\]'"):
         quantization(settings.model, "folder")
     assert quantization(from_flat({}).model, "builtin") == {}
+
+
+@pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed (extra quantized)")
+@pytest.mark.parametrize("precision", ["nf4", "nf4-single", "int8"])
+def test_a_plan_lowers_the_base_of_one_client(root: Path, precision: str) -> None:
+    """The base is checked as the server has it; trained is on its weights in fewer bits."""
+    space = workspace(root, "none")
+    targets = target_modules(space.base, "default")
+    expected, own = space.fingerprint, space.base
+    start = initial(target_shapes(own, targets, 4), 4, 1.0, {}, seed=0)
+    plan = Plan(start.ranks, "both", 8, 1, False, 0, 0, "cap", precision=precision)
+    update = train(space, Job("one", 1, plan, start, np.arange(8), None))
+    assert np.isfinite(update.metrics["train-loss"])
+    assert space.base_at(precision).get_submodule(targets[0]).weight.dtype in (
+        torch.uint8, torch.int8,
+    )  # fmt: skip
+    space.check_base(expected)
+    assert space.base is own
