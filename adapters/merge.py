@@ -159,7 +159,8 @@ def _check_fits(module: str, factors: Factors, directions: Tensor, reference: Ad
 class AverageFactors(Merge):
     """FedIT: Σ w·A and Σ w·B, at one rank for all. Not the mean of the products.
 
-    Directions beyond that rank keep the global factors.
+    Directions beyond that rank keep the global factors. What is summed is how far the factors are
+    from the global ones, so that a factor that rests stays the same to the last bit.
     """
 
     def __init__(self, reference: Adapter, seed: int) -> None:
@@ -176,8 +177,9 @@ class AverageFactors(Merge):
                 f"{update.trained.ranks}; choose a method for mixed ranks"
             )
         for module, factors in update.trained.factors.items():
-            self._sums[module].b.add_(factors.b, alpha=update.weight)
-            self._sums[module].a.add_(factors.a, alpha=update.weight)
+            own = self.reference.factors[module].cut(0, factors.rank)
+            self._sums[module].b.add_(factors.b - own.b, alpha=update.weight)
+            self._sums[module].a.add_(factors.a - own.a, alpha=update.weight)
 
     def _finish_module(self, module: str) -> Factors:
         own = self.reference.factors[module]
@@ -190,7 +192,8 @@ class AverageFactors(Merge):
 
     def _averages(self, module: str) -> Factors:
         total = self._sums[module]
-        return Factors(total.b / self.total, total.a / self.total)
+        own = self.reference.factors[module].cut(0, total.rank)
+        return Factors(own.b + total.b / self.total, own.a + total.a / self.total)
 
 
 class ZeroPadded(Merge):

@@ -15,7 +15,8 @@ class OwnersMean(Merge):
     """RBLA: B[:, j] = Σ_{i owns j} w_i·B_i[:, j] / Σ_{i owns j} w_i, and the same for rows of A.
 
     Sources: RBLA (arXiv:2408.08699), FediLoRA, HAFLQ; per tensor over its owners in LEGEND and
-    Fed-HeLLo. A direction without an owner in this round stays as it is.
+    Fed-HeLLo. A direction without an owner in this round stays as it is. Sums are of how far the
+    factors are from the global ones: a factor that rests stays the same to the last bit.
     """
 
     def __init__(self, reference: Adapter, seed: int) -> None:
@@ -25,8 +26,9 @@ class OwnersMean(Merge):
 
     def _add_factors(self, update: Update) -> None:
         for module, factors in update.trained.factors.items():
-            directions = update.directions(module)
-            scatter(self._sums[module], directions, factors, update.weight)
+            directions, own = update.directions(module), self.reference.factors[module]
+            change = Factors(factors.b - own.b[:, directions], factors.a - own.a[directions])
+            scatter(self._sums[module], directions, change, update.weight)
             self._weights[module][directions] += update.weight
 
     def _finish_module(self, module: str) -> Factors:
@@ -35,12 +37,8 @@ class OwnersMean(Merge):
             self._sums[module],
             self._weights[module],
         )
-        owned = weights > 0
-        divisor = torch.where(owned, weights, torch.ones_like(weights))
-        return Factors(
-            torch.where(owned, total.b / divisor, own.b),
-            torch.where(owned[:, None], total.a / divisor[:, None], own.a),
-        )
+        divisor = torch.where(weights > 0, weights, 1.0)
+        return Factors(own.b + total.b / divisor, own.a + total.a / divisor[:, None])
 
 
 class OwnersProduct(Merge):

@@ -8,12 +8,14 @@ live on, and do the work themselves. See docs/warm-client.md.
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from rankfit.adapters.held import Arrays, fill_in
 from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.device import Held, device_report
 from rankfit.client.request import Answer, Kind, Request
@@ -29,6 +31,8 @@ app = ClientApp()
 
 #: The program that Flower's deployment starts for every message.
 _PER_MESSAGE = "flwr-clientapp"
+#: Record of the node's state: the adapter that it was sent last.
+_HELD = "held"
 
 
 @app.query("capabilities")
@@ -108,16 +112,33 @@ def _perform(kind: Kind, message: Message, context: Context) -> Answer:
 
 def _request(kind: Kind, message: Message, context: Context, report: DeviceReport) -> Request:
     plan = cast(ConfigRecord, message.content["plan"])
-    adapter = cast(ArrayRecord, message.content["adapter"])
+    arrays = _arrays(message, context)
     partition, partitions = _place(context)
     return Request(
         kind=kind,
         plan=cast(dict[str, Any], dict(plan)),
-        arrays={name: array.numpy() for name, array in adapter.items()},
+        arrays=arrays,
         partition=partition,
         partitions=partitions,
         cap_bytes=report.budget_bytes if report.source == "declared" else None,
     )
+
+
+def _arrays(message: Message, context: Context) -> Arrays:
+    """The adapter of a message, completed from what this node was sent before."""
+    sent = _numpy(message.content.array_records["adapter"])
+    places = message.content.config_records.get("held")
+    if places is None:
+        return sent
+    before = context.state.array_records.get(_HELD)
+    where = cast(Mapping[str, list[int]], places)
+    arrays = fill_in(sent, where, _numpy(before) if before is not None else {})
+    context.state[_HELD] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return arrays
+
+
+def _numpy(record: ArrayRecord) -> Arrays:
+    return {name: array.numpy() for name, array in record.items()}
 
 
 def _warm(settings: RunSettings, context: Context) -> bool:

@@ -166,6 +166,8 @@ class Wire(Table):
     """Number type of adapters on the wire."""
 
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    #: Nodes keep the adapter that they were sent last, and what they hold is not sent again.
+    skip_held: bool = False
 
 
 class Server(Table):

@@ -1,9 +1,13 @@
 """Messages to the clients of one round: each share is encoded once for all who get the same."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
 
+from rankfit.adapters.held import Prints, leave_out, prints
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import encode, round_trip
 from rankfit.configs.seeds import derive
@@ -17,11 +21,12 @@ from rankfit.strategies.start import Share, Start
 
 @dataclass(frozen=True)
 class Parcel:
-    """A share as it is sent, its bytes of adapter, and how far it is from the whole adapter."""
+    """A share as it is sent, its hashes, and how far it is from the whole adapter."""
 
     share: Share
     record: ArrayRecord
-    bytes: int
+    arrays: Mapping[str, NDArray[np.generic]]
+    prints: Prints
     truncation: float
 
 
@@ -38,13 +43,23 @@ class Dispatch:
         Of the base model; a client with another base refuses.
     number : int
         The round.
+    held : Mapping[int, Prints]
+        By node, hashes of what it was sent last.
     """
 
-    def __init__(self, settings: RunSettings, start: Start, fingerprint: str, number: int) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        start: Start,
+        fingerprint: str,
+        number: int,
+        held: Mapping[int, Prints],
+    ) -> None:
         self._settings = settings
         self._start = start
         self._fingerprint = fingerprint
         self._number = number
+        self._held = held
         self._parcels: dict[object, Parcel] = {}
 
     def training(
@@ -65,10 +80,13 @@ class Dispatch:
             share = parcel.share
             config = self._config(share.given.scale) | {"client": client}
             record = ConfigRecord({**config, **plan.to_dict()})
-            content = RecordDict({"adapter": parcel.record, "plan": record})
+            adapter_record, extra, sent_bytes = self._without_held(parcel, node_id)
+            content = RecordDict({"adapter": adapter_record, "plan": record, **extra})
             outgoing.append(self._message(content, node_id, messages.TRAIN))
             assignments.append(
-                Assignment(client, node_id, plan, share.given, parcel.bytes, share.indices)
+                Assignment(
+                    client, node_id, plan, share.given, sent_bytes, share.indices, parcel.prints
+                )
             )
         return assignments, outgoing
 
@@ -100,10 +118,23 @@ class Dispatch:
             self._parcels[key] = Parcel(
                 share,
                 messages.arrays_record(arrays),
-                sum(array.nbytes for array in arrays.values()),
+                arrays,
+                prints(arrays) if self._settings.wire.skip_held else {},
                 diagnosis.truncation(share, self._start.folds) if diagnosis else 0.0,
             )
         return self._parcels[key]
+
+    def _without_held(
+        self, parcel: Parcel, node_id: int
+    ) -> tuple[ArrayRecord, dict[str, ConfigRecord], int]:
+        """What is sent to a node, how it is completed there, and its bytes."""
+        sent, record, extra = parcel.arrays, parcel.record, dict[str, ConfigRecord]()
+        if self._settings.wire.skip_held:
+            fewer, places = leave_out(sent, parcel.prints, self._held.get(node_id, {}))
+            extra["held"] = ConfigRecord({**places})
+            if places:
+                sent, record = fewer, messages.arrays_record(fewer)
+        return record, extra, sum(array.nbytes for array in sent.values())
 
     def _arrives(self, adapter: Adapter) -> Adapter:
         """An adapter after the wire type's rounding."""

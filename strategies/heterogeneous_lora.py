@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from rankfit.adapters.folding import join
+from rankfit.adapters.held import Prints
 from rankfit.adapters.merge import Merge
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import decode, encode
@@ -91,6 +92,8 @@ class HeterogeneousLora(Strategy):
         self._scorer = scorer
         self._selection = Selection(settings, planner)
         self._round: TrainingRound | None = None
+        #: By node, hashes of what it was sent last and has answered.
+        self._held: dict[int, Prints] = {}
 
     @property
     def fleet(self) -> Fleet:
@@ -128,6 +131,8 @@ class HeterogeneousLora(Strategy):
         merge.tolerance = self.settings.server.merge_tolerance
         merge.device = torch.device(self.settings.server.merge_device)
         self._round = TrainingRound(server_round, merge, assignments, diagnosis, ScoreBook())
+        for assignment in assignments:
+            self._held.pop(assignment.node_id, None)  # until it answers
         return outgoing
 
     def fold(self, position: int, reply: Message) -> Outcome:
@@ -136,6 +141,8 @@ class HeterogeneousLora(Strategy):
         assignment = current.assignments[position]
         outcome = self._judge(current, assignment, reply)
         current.outcomes[assignment.client] = outcome
+        if not reply.has_error():
+            self._held[assignment.node_id] = assignment.prints
         return outcome
 
     def close_round(self) -> tuple[Adapter, list[Outcome]]:
@@ -240,7 +247,8 @@ class HeterogeneousLora(Strategy):
         )  # fmt: skip
 
     def _dispatch(self, server_round: int) -> Dispatch:
-        return Dispatch(self.settings, self.method.start, self.fingerprint, server_round)
+        start = self.method.start
+        return Dispatch(self.settings, start, self.fingerprint, server_round, self._held)
 
     def _judge(self, current: TrainingRound, assignment: Assignment, reply: Message) -> Outcome:
         if reply.has_error():

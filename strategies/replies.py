@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rankfit.adapters.held import Prints
 from rankfit.adapters.merge import Update
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import WireType, decode_update
@@ -38,6 +39,8 @@ class Assignment:
         Bytes of adapter sent to it.
     indices : Mapping[str, Tensor]
         By module, which directions of the global adapter it was given (absent = the leading ones).
+    prints : Prints
+        Hashes of what it holds once it has answered.
     """
 
     client: str
@@ -46,6 +49,7 @@ class Assignment:
     given: Adapter
     download_bytes: int
     indices: Mapping[str, Tensor] = field(default_factory=dict)
+    prints: Prints = field(default_factory=dict)
 
 
 def read_update(

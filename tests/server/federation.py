@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 
 from rankfit.client.app import app as client_app
 from rankfit.configs.compose import compose
@@ -43,6 +43,10 @@ class FaultyGrid(InProcessGrid):
             return changed
 
         super().__init__(handle, to_flat(settings), nodes)
+
+    def state_of(self, partition: int) -> RecordDict:
+        """What Flower keeps for a node between messages."""
+        return self._contexts[1000 + partition].state
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Handle the first waiting message whose client answers at all."""
