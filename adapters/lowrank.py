@@ -14,11 +14,10 @@ to the first.
 import logging
 from typing import TypeGuard
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
-from rankfit.adapters.krylov import HALF_STEPS, OVERSAMPLING, iterated
+from rankfit.adapters.krylov import OVERSAMPLING, PAIRS, iterated, leading
 from rankfit.adapters.operator import Dense, Operator, Spectrum, Stack
 
 log = logging.getLogger(__name__)
@@ -30,8 +29,8 @@ NOISE = 1e-7
 SMALL = 320
 #: The cost model, in flops of a float32 product, measured on one core (only the size matters): one
 #: flop in float64; the strongest eigenvectors of an (n, n) matrix, by n³; the small decompositions
-#: of a half-step; and the half-steps that usually suffice.
-DOUBLE_FLOPS, EIGEN_FLOPS, STEP_FLOPS, USUAL_HALF_STEPS = 2.0, 8.5, 1.4e9, 6
+#: with a product; and the products that usually suffice.
+DOUBLE_FLOPS, EIGEN_FLOPS, STEP_FLOPS, USUAL_PRODUCTS = 2.0, 8.5, 0.6e9, 6
 
 
 def strongest(
@@ -64,17 +63,17 @@ def strongest(
         if found is not None:
             return found
         log.info(
-            "a merge of shape %s did not settle within %d half-steps: decomposed exactly",
-            matrix.shape, HALF_STEPS,
+            "a merge of shape %s did not settle within %d pairs of products: decomposed exactly",
+            matrix.shape, PAIRS,
         )  # fmt: skip
     return exact(matrix, rank)
 
 
 def _iterated_cost(matrix: Operator, rank: int) -> float:
-    """Expected flops, in float32 products, of the half-steps that are usually needed."""
+    """Expected flops, in float32 products, of the products that are usually needed."""
     columns = min(rank + OVERSAMPLING, *matrix.shape)
     basis = DOUBLE_FLOPS * 8 * columns * columns * max(matrix.shape)
-    return USUAL_HALF_STEPS * (2 * columns * matrix.product_flops + basis + STEP_FLOPS)
+    return USUAL_PRODUCTS * (2 * columns * matrix.product_flops + basis + STEP_FLOPS)
 
 
 def _exact_cost(matrix: Operator) -> float:
@@ -126,7 +125,7 @@ def _by_grams(stack: Stack, rank: int) -> Spectrum:
     chol, failed = torch.linalg.cholesky_ex(gram_left)
     if int(failed):
         return _by_qr(stack, rank)
-    y = _leading(chol.T @ gram_right @ chol, rank)
+    y = leading(chol.T @ gram_right @ chol, rank)
     return _from_right(right.T @ (chol @ y), stack)
 
 
@@ -134,18 +133,7 @@ def _by_square(matrix: Tensor, rank: int) -> Spectrum:
     """From the eigenvectors of M·Mᵀ or MᵀM, whichever is smaller."""
     if matrix.shape[0] < matrix.shape[1]:
         return _by_square(matrix.T, rank).transposed()
-    return _from_right(_leading(matrix.T @ matrix, rank), Dense(matrix))
-
-
-def _leading(symmetric: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of the ``rank`` largest eigenvalues, (n, rank), largest first."""
-    # LAPACK's subset driver is several times faster than all of torch.linalg.eigh.
-    n = len(symmetric)
-    _, found = scipy.linalg.eigh(
-        symmetric.numpy(), subset_by_index=[max(n - rank, 0), n - 1], check_finite=False
-    )
-    ascending: Tensor = torch.from_numpy(found)
-    return ascending.flip(1)
+    return _from_right(leading(matrix.T @ matrix, rank), Dense(matrix))
 
 
 def _from_right(right: Tensor, matrix: Operator) -> Spectrum:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from rankfit.adapters.merge import Merge, Update, product_sums
-from rankfit.adapters.product import refactor
+from rankfit.adapters.merge import Merge, Update
+from rankfit.adapters.product import ProductSum, refactor
 from rankfit.adapters.state import Adapter, Factors
 
 
@@ -18,20 +18,26 @@ class MeanProduct(Merge):
 
     def __init__(self, reference: Adapter, seed: int) -> None:
         super().__init__(reference, seed)
-        self._sums = product_sums(reference)
+        self._sums: dict[str, ProductSum] = {}
 
     def _add_factors(self, update: Update) -> None:
         for module, factors in update.trained.factors.items():
-            self._sums[module].add(factors, update.weight * update.trained.scale)
+            self._sum(module).add(factors, update.weight * update.trained.scale)
 
     def _finish_module(self, module: str) -> Factors:
         # Last round's directions are a good guess at this round's.
         own, generator = self.reference.factors[module], self._generator(module)
-        sums = self._sums.pop(module)
+        sums = self._sum(module)
+        del self._sums[module]
         spectrum = sums.strongest(own.rank, self.tolerance, generator, start=own.a)
         return refactor(
             spectrum.scaled(1 / (self.total * self.reference.scale)), own.rank, generator
         )
+
+    def _sum(self, module: str) -> ProductSum:
+        if module not in self._sums:
+            self._sums[module] = self._product_sum(module)
+        return self._sums[module]
 
 
 class MeanChange(MeanProduct):
@@ -53,12 +59,12 @@ class MeanChange(MeanProduct):
         for module, factors in update.given.factors.items():
             weight = -update.weight * update.given.scale
             if not self._given[module].take(factors, update.indices.get(module), weight):
-                self._sums[module].add(factors, weight)
+                self._sum(module).add(factors, weight)
 
     def _finish_module(self, module: str) -> Factors:
         own = self.reference.factors[module]
-        self._sums[module].add(own, self.total * self.reference.scale)
-        self._sums[module].add(self._given[module].product(), 1.0)
+        self._sum(module).add(own, self.total * self.reference.scale)
+        self._sum(module).add(self._given[module].product(), 1.0)
         return super()._finish_module(module)
 
 

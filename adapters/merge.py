@@ -72,6 +72,8 @@ class Merge(ABC):
         #: How far above the best approximation's error a merge of products may be, relative to it;
         #: 0 = exact. See :func:`rankfit.adapters.lowrank.strongest`.
         self.tolerance = 0.0
+        #: Where products are summed and decomposed; set before the first update.
+        self.device = torch.device("cpu")
         self._head = {name: torch.zeros_like(t) for name, t in reference.head.items()}
 
     def add(self, update: Update) -> None:
@@ -121,6 +123,11 @@ class Merge(ABC):
     @abstractmethod
     def _finish_module(self, module: str) -> Factors:
         """Give the next global factors of one module."""
+
+    def _product_sum(self, module: str) -> ProductSum:
+        """An empty sum for the products of a module."""
+        own = self.reference.factors[module]
+        return ProductSum(own.b.shape[0], own.a.shape[1], self.device)
 
     def _generator(self, module: str) -> torch.Generator:
         index = sorted(self.reference.factors).index(module)
@@ -260,13 +267,5 @@ def zeros_like(adapter: Adapter) -> dict[str, Factors]:
     """Factors of zeros in the shapes of an adapter's."""
     return {
         module: Factors(torch.zeros_like(own.b), torch.zeros_like(own.a))
-        for module, own in adapter.factors.items()
-    }
-
-
-def product_sums(adapter: Adapter) -> dict[str, ProductSum]:
-    """Empty sums for the products of an adapter."""
-    return {
-        module: ProductSum(own.b.shape[0], own.a.shape[1])
         for module, own in adapter.factors.items()
     }

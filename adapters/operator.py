@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,10 @@ class Spectrum:
     def transposed(self) -> "Spectrum":
         """The spectrum of the transposed matrix."""
         return Spectrum(self.vt.T, self.values, self.u.T)
+
+    def cpu(self) -> "Spectrum":
+        """The spectrum on the CPU."""
+        return Spectrum(self.u.cpu(), self.values.cpu(), self.vt.cpu())
 
     def scaled(self, factor: float) -> "Spectrum":
         """The spectrum of ``factor`` (> 0) times the matrix."""
@@ -42,6 +47,10 @@ class Stack:
     def shape(self) -> tuple[int, int]:
         """(d, k)."""
         return self.left.shape[0], self.right.shape[1]
+
+    def to(self, device: torch.device) -> "Stack":
+        """The same on a device."""
+        return Stack(self.left.to(device), self.right.to(device), self.weights.to(device))
 
     @property
     def product_flops(self) -> float:

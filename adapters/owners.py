@@ -6,7 +6,7 @@ for all owners of a module this is the plain average of that tensor over its own
 
 import torch
 
-from rankfit.adapters.merge import Merge, Update, product_sums, scatter, zeros_like
+from rankfit.adapters.merge import Merge, Update, scatter, zeros_like
 from rankfit.adapters.product import refactor
 from rankfit.adapters.state import Adapter, Factors
 
@@ -68,7 +68,7 @@ class OwnersProduct(Merge):
             weights[update.directions(module)] += update.weight
         if not updates:
             return own
-        total = product_sums(Adapter({module: own}, self.reference.scale))[module]
+        total = self._product_sum(module)
         for update in updates:
             factors = update.trained.factors[module]
             share = update.weight / weights[update.directions(module)]

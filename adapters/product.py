@@ -18,6 +18,7 @@ START_ROW_NORM = 3**-0.5
 DEAD = 1e-9
 #: Stacked rank at which terms join a dense sum: enough for a product to run at full speed.
 BLOCK = 512
+CPU = torch.device("cpu")
 
 
 class ProductSum:
@@ -27,10 +28,12 @@ class ProductSum:
     ----------
     d, k : int
         Shape of the products.
+    device : torch.device
+        Where terms are multiplied out and decomposed; they wait, and results come, on the CPU.
     """
 
-    def __init__(self, d: int, k: int) -> None:
-        self._d, self._k = d, k
+    def __init__(self, d: int, k: int, device: torch.device = CPU) -> None:
+        self._d, self._k, self._device = d, k, device
         self._terms: list[tuple[Factors, float]] = []
         self._stacked = 0
         self._dense: Tensor | None = None
@@ -54,11 +57,11 @@ class ProductSum:
 
     def dense(self) -> Tensor:
         """The sum as a (d, k) matrix in float64."""
-        return self._operator().dense()
+        return self._operator().dense().cpu()
 
     def spectrum(self, rank: int) -> Spectrum:
         """Its ``rank`` strongest directions, exactly."""
-        return exact(self._operator(), min(rank, self._d, self._k))
+        return exact(self._operator(), min(rank, self._d, self._k)).cpu()
 
     def strongest(
         self,
@@ -68,7 +71,7 @@ class ProductSum:
         start: Tensor | None = None,
     ) -> Spectrum:
         """Its ``rank`` strongest directions; see :func:`rankfit.adapters.lowrank.strongest`."""
-        return strongest(self._operator(), rank, tolerance, generator, start)
+        return strongest(self._operator(), rank, tolerance, generator, start).cpu()
 
     def _operator(self) -> Operator:
         if self._dense is not None:
@@ -80,13 +83,13 @@ class ProductSum:
     def _stack(self) -> Stack:
         if not self._terms:
             none = torch.zeros(0, dtype=torch.float64)
-            return Stack(torch.zeros(self._d, 0), torch.zeros(0, self._k), none)
+            return Stack(torch.zeros(self._d, 0), torch.zeros(0, self._k), none).to(self._device)
         weights = [torch.full((own.rank,), w, dtype=torch.float64) for own, w in self._terms]
         return Stack(
             torch.cat([own.b for own, _ in self._terms], 1),
             torch.cat([own.a for own, _ in self._terms], 0),
             torch.cat(weights),
-        )
+        ).to(self._device)
 
     def _multiply_out(self) -> None:
         """Turn the terms that are kept as factors into part of the dense sum."""

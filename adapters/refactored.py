@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rankfit.adapters.merge import Merge, Update
-from rankfit.adapters.product import ProductSum, refactor
+from rankfit.adapters.product import refactor
 from rankfit.adapters.state import Adapter, Factors
 
 
@@ -36,6 +36,6 @@ class Refactored(Merge):
 
     def _finish_module(self, module: str) -> Factors:
         own = self._merged.factors[module]
-        total = ProductSum(own.b.shape[0], own.a.shape[1])
+        total = self._product_sum(module)
         total.add(own, 1.0)
         return refactor(total.spectrum(own.rank), own.rank, self._generator(module))

@@ -10,9 +10,12 @@ Client ranks cycle through 4, 8, 16, 32, 64; the global rank is 64. Times includ
   matrix and it can only lose to the dense form.
 - cold, warm: the engine at its default tolerance, without and with last round's directions.
 - exact: the engine at tolerance 0.
+- padded: RankFit's merge of the same matrix as *factors*, the zero-padded mean, re-factorised.
 
+The mean of the factors is another matrix than the mean of the products, of which every client's
+product is no part: *padded* is to be compared with *factors*, the others with each other.
 ``excess`` is the total error over that of the best rank-64 approximation, less 1; ``distance`` is
-how far the result is from that approximation, relative to it.
+how far the result is from that approximation, relative to it; of *padded*, from *factors*.
 """
 
 import argparse
@@ -32,9 +35,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import machine  # noqa: E402
+from rankfit.adapters.merge import PaddedChange, Update  # noqa: E402
 from rankfit.adapters.operator import Spectrum  # noqa: E402
 from rankfit.adapters.product import ProductSum  # noqa: E402
-from rankfit.adapters.state import Factors  # noqa: E402
+from rankfit.adapters.refactored import Refactored  # noqa: E402
+from rankfit.adapters.state import Adapter, Factors  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64)
 RANK = 64
@@ -131,6 +136,23 @@ def engine(tolerance: float, warm: bool) -> Callable[[Case], Spectrum]:
     return merge
 
 
+def padded(own: Case) -> Spectrum:
+    """RankFit's merge for the methods that average factors."""
+    module = "layer"
+
+    def adapter(factors: Factors) -> Adapter:
+        return Adapter({module: factors}, 1.0)
+
+    nothing = {
+        rank: adapter(Factors(torch.zeros(own.d, rank), torch.zeros(rank, own.k))) for rank in RANKS
+    }
+    merge = Refactored(nothing[RANK], 0, inner=PaddedChange)
+    for factors in own.factors:
+        merge.add(Update(nothing[factors.rank], adapter(factors), 1.0))
+    found = merge.finish().factors[module]
+    return Spectrum(found.b, torch.ones(RANK), found.a)
+
+
 WAYS: dict[str, Callable[[Case], Spectrum]] = {
     "dense": dense,
     "factors": factor_mean,
@@ -138,8 +160,10 @@ WAYS: dict[str, Callable[[Case], Spectrum]] = {
     "cold": engine(TOLERANCE, warm=False),
     "warm": engine(TOLERANCE, warm=True),
     "exact": engine(0.0, warm=False),
+    "padded": padded,
 }
-PEERS = ("dense", "factors", "qr")
+#: Straightforward ways to the mean of the products.
+PEERS = ("dense", "qr")
 
 
 def measure(own: Case) -> dict[str, dict[str, float]]:
@@ -148,7 +172,7 @@ def measure(own: Case) -> dict[str, dict[str, float]]:
     for factors in own.factors:
         whole.add(Factors(factors.b.double(), factors.a.double()), own.weight)
     matrix = whole.dense()
-    least, reference, found = 0.0, torch.zeros(0), {}
+    least, references, found = 0.0, dict[str, Tensor](), {}
     for name in ("exact", *(way for way in WAYS if way != "exact")):
         width = sum(factors.rank for factors in own.factors)
         if name == "qr" and width > 2 * min(own.d, own.k):
@@ -156,8 +180,10 @@ def measure(own: Case) -> dict[str, dict[str, float]]:
         seconds, spectrum = _timed(WAYS[name], own)
         result = (spectrum.u.double() * spectrum.values.double()) @ spectrum.vt.double()
         error = float(torch.linalg.norm(matrix - result))
-        if name == "exact":
-            least, reference = error, result
+        if name in ("exact", "factors"):
+            references[name] = result
+            least = least or error
+        reference = references["factors" if name == "padded" else "exact"]
         distance = float(torch.linalg.norm(result - reference) / torch.linalg.norm(reference))
         found[name] = {"seconds": seconds, "excess": error / least - 1, "distance": distance}
     return found
@@ -179,10 +205,11 @@ def _cut(u: Tensor, values: Tensor, vt: Tensor) -> Spectrum:
 
 def _line(result: dict[str, Any]) -> list[str]:
     ways = result["ways"]
-    peers = {name: ways[name]["seconds"] for name in PEERS if name in ways}
+    peers = [ways[name]["seconds"] for name in PEERS if name in ways]
     cells = [f"{result['d']}x{result['k']}", str(result["clients"]), result["spectrum"]]
     cells += [f"{ways[name]['seconds']:.3f}" if name in ways else "-" for name in WAYS]
-    cells.append(f"{min(peers.values()) / ways['cold']['seconds']:.1f}")
+    cells.append(f"{min(peers) / ways['cold']['seconds']:.2f}")
+    cells.append(f"{ways['factors']['seconds'] / ways['padded']['seconds']:.1f}")
     cells.append(f"{ways['qr']['seconds'] / ways['cold']['seconds']:.1f}" if "qr" in ways else "-")
     return [*cells, f"{100 * ways['cold']['excess']:.2f} %"]
 
@@ -197,7 +224,16 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=160)
     results = _before(options.output)
-    table = Table("shape", "clients", "spectrum", *WAYS, "best peer / cold", "qr / cold", "excess")
+    table = Table(
+        "shape",
+        "clients",
+        "spectrum",
+        *WAYS,
+        "best / cold",
+        "factors / padded",
+        "qr / cold",
+        "excess",
+    )
     for shape in options.shapes:
         d, k = map(int, shape.split("x"))
         for clients in options.clients:

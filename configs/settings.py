@@ -197,9 +197,13 @@ class Server(Table):
     #: Merges of products: by how much their error may exceed the best possible at the global rank,
     #: relative to it, where that is faster (0 = always exact).
     merge_tolerance: NonNegative = 0.005
+    #: Where products are merged: on the CPU, or on the server's first GPU.
+    merge_device: Literal["cpu", "cuda"] = "cpu"
     #: Decay of a moving average of the global adapter and head, which is then what is evaluated
     #: and exported (0 = none).
     average: Share = 0.0
+    #: Evaluate what that average is taken of as well, as ``unaveraged-accuracy`` and so on.
+    evaluate_unaveraged: bool = False
     #: Measure spectrum, truncation and distance from the true mean in every round.
     diagnostics: bool = True
 

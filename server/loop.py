@@ -30,16 +30,20 @@ from rankfit.strategies.catalogue import find
 from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.heterogeneous_lora import HeterogeneousLora
 from rankfit.strategies.method import configured
-from rankfit.strategies.outcome import Outcome, summarise, weighted_mean
+from rankfit.strategies.outcome import Outcome, summarise
 from rankfit.strategies.planning import Planner
 from rankfit.tasks.adapted import head_tensors, target_shapes
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import fingerprint, load_base, shared_heads, target_modules
 from rankfit.tasks.partition import partition_of
 from rankfit.tasks.quantized import check_quantizable
+from rankfit.tasks.scores import pooled
 from rankfit.tasks.sources import resolve_source
 
 log = logging.getLogger(__name__)
+
+#: Of this process: runs that follow one another trace a step once.
+_TRACES = TraceCache()
 
 #: How long the end of a run waits for clients to end their workers.
 _FAREWELL_SECONDS = 30.0
@@ -123,10 +127,10 @@ def build(settings: RunSettings) -> Federation:
     targets = target_modules(base, settings.lora.targets)
     heads = shared_heads(base, settings.head)
     shapes = target_shapes(base, targets, settings.lora.rank)
-    traces, inputs = TraceCache(), inputs_of(task.example_batch(1))
+    inputs = inputs_of(task.example_batch(1))
 
     def estimator(planned: RunSettings, phases: tuple[Moves, ...]) -> Estimator:
-        return Estimator.for_run(planned, base.config, inputs, phases=phases, traces=traces)
+        return Estimator.for_run(planned, base.config, inputs, phases=phases, traces=_TRACES)
 
     start = initial(
         shapes,
@@ -157,6 +161,9 @@ def play_round(
     line["train-seconds"] = round(time.monotonic() - began, 3)
     if number % settings.server.evaluate_every == 0 or number == settings.run.rounds:
         line["evaluation"] = _evaluate(federation, grid, strategy.exported(adapter), number)
+        if settings.server.average and settings.server.evaluate_unaveraged:
+            below = _evaluate(federation, grid, strategy.unaveraged(adapter), number)
+            line["evaluation"] |= {f"unaveraged-{name}": value for name, value in below.items()}
     line["clients"] = {outcome.client: _client_line(outcome) for outcome in outcomes}
     return adapter, line
 
@@ -187,7 +194,7 @@ def _evaluate(
         if reply.has_error():
             log.warning("round %d: an evaluation failed: %s", number, messages.failure(reply))
     usable = [replies[p] for p in sorted(replies) if not replies[p].has_error()]
-    return weighted_mean(messages.metrics(reply) for reply in usable)
+    return pooled(messages.metrics(reply) for reply in usable)
 
 
 def _record(

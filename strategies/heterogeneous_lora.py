@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -20,7 +21,7 @@ from rankfit.adapters.merge import Merge
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import decode, encode
 from rankfit.configs.seeds import derive
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.plan import Plan
 from rankfit.strategies import messages
 from rankfit.strategies.advance import Advance
@@ -28,11 +29,12 @@ from rankfit.strategies.diagnosis import Diagnosis
 from rankfit.strategies.dispatch import Dispatch
 from rankfit.strategies.fleet import Fleet, sample
 from rankfit.strategies.method import Method
-from rankfit.strategies.outcome import Outcome, spent, summarise, weighted_mean
+from rankfit.strategies.outcome import Outcome, spent, summarise
 from rankfit.strategies.planning import Planner
 from rankfit.strategies.replies import Assignment, BadUpdate, Metrics, read_update
 from rankfit.strategies.scores import ScoreBook
 from rankfit.strategies.selection import Selection
+from rankfit.tasks.scores import pooled
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ class HeterogeneousLora(Strategy):
         fingerprint: str,
         scorer: Scorer,
     ) -> None:
+        if settings.server.merge_device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("server.merge-device is 'cuda', but torch finds no GPU here")
         self.settings = settings
         self.method = method
         self.planner = planner
@@ -122,6 +126,7 @@ class HeterogeneousLora(Strategy):
         )
         merge = self.method.merge(adapter, derive(self.settings.run.seed, "merge", server_round))
         merge.tolerance = self.settings.server.merge_tolerance
+        merge.device = torch.device(self.settings.server.merge_device)
         self._round = TrainingRound(server_round, merge, assignments, diagnosis, ScoreBook())
         return outgoing
 
@@ -160,6 +165,10 @@ class HeterogeneousLora(Strategy):
     def exported(self, adapter: Adapter) -> Adapter:
         """What is evaluated and saved in the place of the adapter that training goes on from."""
         return self.advance.exported(adapter)
+
+    def unaveraged(self, adapter: Adapter) -> Adapter:
+        """What a moving average is taken of: the adapter with what was folded."""
+        return join(adapter, self.advance.folded)
 
     def evaluation_messages(self, server_round: int, adapter: Adapter) -> list[Message]:
         """Build one evaluation message, with the whole global adapter, for each client."""
@@ -218,8 +227,8 @@ class HeterogeneousLora(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Average the clients' metrics, weighted by samples."""
-        total = weighted_mean(messages.metrics(r) for r in replies if not r.has_error())
+        """Pool the clients' metrics; see :func:`rankfit.tasks.scores.pooled`."""
+        total = pooled(messages.metrics(r) for r in replies if not r.has_error())
         return MetricRecord({**total}) if total else None
 
     def summary(self) -> None:

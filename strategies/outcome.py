@@ -1,6 +1,6 @@
 """What became of each client in a round, and the totals of a round."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rankfit.configs.settings import RunSettings
@@ -56,19 +56,6 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, int | float]:
         "trained-parameters": sum(o.parameters for o in listed),
     }
     return total | ({"train-loss": weighted / samples} if samples else {})
-
-
-def weighted_mean(replies: Iterable[Mapping[str, int | float]]) -> dict[str, float]:
-    """Mean of metrics over clients, weighted by ``num-examples``; empty when there is none."""
-    usable = [metrics for metrics in replies if metrics.get("num-examples", 0) > 0]
-    total = sum(float(metrics["num-examples"]) for metrics in usable)
-    if not usable:
-        return {}
-    keys = set.intersection(*(set(metrics) for metrics in usable)) - {"num-examples"}
-    return {
-        key: sum(float(m[key]) * float(m["num-examples"]) for m in usable) / total
-        for key in sorted(keys)
-    }
 
 
 def spent(settings: RunSettings, metrics: Metrics) -> tuple[float, int]:

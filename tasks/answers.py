@@ -1,6 +1,5 @@
 """Evaluation of a language model: what it writes, or which of the choices it finds likeliest."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
-from rankfit.tasks import commonsense, intervals
+from rankfit.tasks import commonsense
 from rankfit.tasks.adapted import IGNORED, chunks, learnt
 from rankfit.tasks.prompts import Passage
 from rankfit.tasks.raw import DataError
+from rankfit.tasks.scores import scores
 from rankfit.tasks.task import Split
 
 if TYPE_CHECKING:
@@ -63,33 +63,9 @@ def evaluate(
             right = _written(task, model, passages, device, size)
         names = task.class_names
         groups = [names[int(split.labels[row])] for row in rows]
-        return scores(right, groups) | figures
+        return scores(right, groups, several=len(names) > 1) | figures
     finally:
         model.train(was_training)
-
-
-def scores(right: Sequence[bool], groups: Sequence[str]) -> dict[str, float]:
-    """Accuracy of each group and their mean, with 95 % intervals.
-
-    Wilson's for a group; see :func:`rankfit.tasks.intervals.of_mean` for the mean.
-    """
-    counts: defaultdict[str, list[bool]] = defaultdict(list)
-    for group, one in zip(groups, right, strict=True):
-        counts[group].append(one)
-    parts = {group: (sum(members), len(members)) for group, members in sorted(counts.items())}
-    low, high = intervals.of_mean(list(parts.values()))
-    accuracy = sum(hits / total for hits, total in parts.values()) / len(parts)
-    figures = {"accuracy": accuracy, "low": low, "high": high}
-    if len(parts) > 1:
-        for group, (hits, total) in parts.items():
-            ends = intervals.wilson(hits, total)
-            figures |= {
-                f"{group}.accuracy": hits / total,
-                f"{group}.low": ends[0],
-                f"{group}.high": ends[1],
-                f"{group}.examples": total,
-            }
-    return figures
 
 
 def write(

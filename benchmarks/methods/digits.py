@@ -1,93 +1,111 @@
-"""Every method on digits at equal budgets, with and without drift controls.
+"""Every method on digits at equal budgets: IID and not, three mixes of ranks, three seeds.
 
-``python -m benchmarks.methods.digits`` runs what is not done of the whole grid, hours on a CPU;
-``--methods``, ``--splits``, ``--mixes``, ``--controls``, ``--seeds`` and ``--rounds`` choose.
-It stops and goes on at any round. Results: ``benchmarks/results/methods-digits.json``.
+``python -m benchmarks.methods.digits --out FOLDER`` runs what is not done, about two hours on one
+core, and writes ``benchmarks/results/methods-digits.json``.
 
-Every method has the quickstart's learning rate; choosing one for each on a validation split is
-still to be done.
+Two tasks over the small ViT that was pretrained on rendered fonts. ``shuffled``: the sixteen
+patches of every picture change places and black and white are exchanged, the same way for all
+pictures, so that the frozen backbone fits badly and rank matters; all methods, all settings.
+``upright``: the pictures as they are; non-IID with one mix. ``straggler`` is left out: on such a
+fleet ``fedit`` falls back to the weakest client's rank, and the two are the same run.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import sys
-from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-from rankfit.cli.compare import here, run_all
-from rankfit.cli.comparison import Entry
-from rankfit.configs.compose import compose
+from benchmarks.methods import grid, side_by_side
+from benchmarks.methods.grid import Grid, Setting
 from rankfit.strategies.catalogue import methods
 
+#: 12 clients, 4 a round, 4 steps of 16 samples. The global rank is 8; upload decides the ranks.
+SHARED = (
+    "quickstart", "run.rounds=20", "server.evaluate-every=2", "server.clients-per-round=4",
+    "server.min-clients=3", "train.batch-size=16", "train.steps=4", "partition.min-samples=16",
+    'fleet.memory-mib="64"', 'fleet.download-mbps="200"', "plan.download-seconds=0.02",
+    "method.warm-up-rounds=4", "method.renew-every=4",
+)  # fmt: skip
 SPLITS = {
-    "iid": ("partition.kind=iid",),
     "dirichlet-0.3": ("partition.kind=dirichlet", "partition.alpha=0.3"),
+    "iid": ("partition.kind=iid",),
 }
 #: Upload in Mbps that leads to the ranks in the name, dealt in turn: one unit of rank in all
-#: modules is 4 KiB.
+#: modules is 4 KiB. Where one factor moves, the same bytes carry twice the rank.
 MIXES = {
-    "1-2-8": "3, 5, 20",
-    "1-1-1-8": "3, 3, 3, 20",
-    "2-4-8": "5, 8, 20",
+    "1-2-8": ('fleet.upload-mbps="3, 5, 20"',),
+    "1-1-1-8": ('fleet.upload-mbps="3, 3, 3, 20"',),
+    "2-4-8": ('fleet.upload-mbps="5, 8, 20"',),
 }
-CONTROLS = {"plain": (), "average-0.8": ("server.average=0.8",)}
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "methods-digits.json"
+RATES = (0.003, 0.01, 0.03)
+#: The methods that the slower comparisons are between.
+LEADING = ("fedit", "flexlora", "fslora", "hetlora", "hralora", "rankfit")
+#: Rows beside the catalogue, in one setting.
+ABLATIONS = ("rankfit+method.without=tail", "alternating+method.tail=true")
+
+
+def digits_grid(data: Path) -> Grid:
+    """The comparison, over pictures that :func:`write_pictures` wrote."""
+
+    def setting(task: str, split: str, mix: str) -> Setting:
+        parts = (*SHARED, f"data.source={data / task}", *SPLITS[split], *MIXES[mix])
+        return Setting(f"{task}/{split}/{mix}", parts)
+
+    columns = [setting("shuffled", split, mix) for split in SPLITS for mix in MIXES]
+    validation = {}
+    for task in ("shuffled", "upright"):
+        # Without a test set, a quarter of the training pictures is held out.
+        parts = (*setting(task, "dirichlet-0.3", "1-2-8").parts, "data.test=")
+        validation[task] = Setting(f"{task}-validation", parts)
+    return Grid(
+        name="digits",
+        methods=tuple(sorted(set(methods()) - {"straggler"})),
+        settings=(*columns, setting("upright", "dirichlet-0.3", "1-2-8")),
+        validation=validation,
+        rates=RATES,
+        runner=side_by_side.run,
+        more={"shuffled/dirichlet-0.3/1-2-8": ABLATIONS},
+    )
+
+
+def write_pictures(folder: Path) -> None:
+    """Write both tasks as parquet, with one test set for all seeds."""
+    digits = load_digits()
+    pictures = np.round(digits.images * 255 / 16).astype(np.uint8)  # (n, 8, 8)
+    parts = train_test_split(
+        np.arange(len(pictures)), test_size=0.25, random_state=0, stratify=digits.target
+    )
+    names = ClassLabel(names=[str(name) for name in digits.target_names])
+    features = Features({"image": Image(), "label": names})
+    for task, shown in (("upright", pictures), ("shuffled", shuffled(pictures))):
+        for part, rows in zip(("train", "test"), parts, strict=True):
+            file = folder / task / f"{part}.parquet"
+            if file.exists():
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            images = [Pillow.fromarray(shown[row]) for row in rows]
+            columns = {"image": images, "label": digits.target[rows].tolist()}
+            Dataset.from_dict(columns, features=features).to_parquet(file)
+
+
+def shuffled(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Exchange the 2 × 2 patches of all pictures in one drawn order, and black with white."""
+    order = np.random.default_rng(0).permutation(16)
+    patches = pictures.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 2, 2)
+    moved = patches[:, order].reshape(-1, 4, 4, 2, 2).transpose(0, 1, 3, 2, 4)
+    return 255 - moved.reshape(-1, 8, 8)
 
 
 def main() -> None:
-    """Run the chosen part of the grid; the JSON is written after each setting."""
-    arguments = _arguments()
-    torch.set_num_threads(1)
-    for split in arguments.splits:
-        for mix in arguments.mixes:
-            for control in arguments.controls:
-                _setting(split, mix, control, arguments)
-
-
-def _setting(split: str, mix: str, control: str, arguments: argparse.Namespace) -> None:
-    name = f"{split}/{mix}/{control}/{arguments.rounds}"
-    base = compose(
-        [
-            "quickstart", *SPLITS[split], *CONTROLS[control], f"run.rounds={arguments.rounds}",
-            f'fleet.upload-mbps="{MIXES[mix]}"', 'fleet.memory-mib="64"',
-            'fleet.download-mbps="200"', "plan.download-seconds=0.02",
-        ]
-    )  # fmt: skip
-    entries = [Entry.parse(method) for method in arguments.methods]
-    out = arguments.out / name.replace("/", "-")
-    results = run_all(base, entries, arguments.seeds, out, "accuracy", here)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": {}}
-    known["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    known["settings"][name] = [asdict(r) | {"curve": [c[2] for c in r.curve]} for r in results]
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{name}\n")
-    for label in dict.fromkeys(r.label for r in results):
-        own = [r for r in results if r.label == label]
-        best, last = (_spread(getattr(r, field) for r in own) for field in ("best", "last"))
-        sys.stdout.write(f"  {label}: best {best}, mean of the last ten {last}\n")
-
-
-def _spread(values: Iterable[float]) -> str:
-    listed = list(values)
-    spread = statistics.stdev(listed) if len(listed) > 1 else 0.0
-    return f"{statistics.mean(listed):.4f} ± {spread:.4f}"
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--methods", nargs="*", default=sorted(methods()))
-    parser.add_argument("--splits", nargs="*", default=list(SPLITS), choices=list(SPLITS))
-    parser.add_argument("--mixes", nargs="*", default=list(MIXES), choices=list(MIXES))
-    parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=list(CONTROLS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path("comparison-digits"))
-    return parser.parse_args()
+    """Carry out the comparison."""
+    asked = grid.arguments(str(__doc__))
+    data = asked.out.resolve() / "data"
+    write_pictures(data)
+    grid.carry_out(digits_grid(data), asked)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_a_tolerance_of_zero_is_exact_and_an_unsettled_iteration_falls_back(
     reference = best(stack.dense(), 8)
     norm = torch.linalg.norm(reference)
     assert torch.linalg.norm(product(strongest(stack, 8, 0.0, random)) - reference) <= EXACT * norm
-    monkeypatch.setattr(krylov, "HALF_STEPS", 2)
+    monkeypatch.setattr(krylov, "PAIRS", 1)
     with caplog.at_level("INFO"):
         found = strongest(stack, 8, 1e-6, random)
     assert "decomposed exactly" in caplog.text

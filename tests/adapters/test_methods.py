@@ -149,6 +149,23 @@ def test_the_right_factor_is_the_transpose_of_v() -> None:
     assert close(found.b.double() @ found.a.double(), product.b.double() @ product.a.double())
 
 
+def test_products_are_averaged_with_their_scale_whatever_the_rank() -> None:
+    """NVFlare averages raw B·A though alpha is fixed, so that a client's scale is alpha / r_i.
+
+    Its server then applies alpha / R to Σ w·B·A: client i counts r_i / R of what it should.
+    """
+    reference, updates = federation()
+    assert {update.trained.scale for update in updates} == {SCALE}, "one scale at every rank"
+    mean = true_mean(updates)
+    floor = float((best(mean, R) - mean).norm() / mean.norm())
+    ours = dense(run(MeanProduct, reference, updates).finish())
+    assert float((ours - mean).norm() / mean.norm()) == pytest.approx(floor, rel=1e-4)
+    raw = torch.zeros_like(mean)
+    for weight, update, rank in zip(weights(), updates, RANKS, strict=True):
+        raw += weight * rank / R * dense(update.trained)
+    assert float((best(raw, R) - mean).norm() / mean.norm()) > floor + 0.1
+
+
 def test_averages_are_divided() -> None:
     """FLoRA's repository leaves FedIT un-averaged: 0.333 instead of 2.0 on such an example."""
     one = torch.ones(D, 2)

@@ -303,6 +303,12 @@ def test_fewer_bytes_on_the_wire_learn_as_well(wire: str, tmp_path: Path, plain:
         assert client["upload-bytes"] == factors + payload.head_bytes
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_merging_on_a_gpu_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"server\.merge-device"):
+        run(settings_for(tmp_path, "gpu", "server.merge-device=cuda"))
+
+
 def test_a_bf16_base_trains_float32_factors(tmp_path: Path) -> None:
     # Half the bytes of base and activations: the same budgets hold more.
     folder = run(settings_for(tmp_path, "bf16", "model.precision=bf16"))

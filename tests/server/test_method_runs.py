@@ -1,5 +1,6 @@
 """Methods and drift controls in whole runs: what travels, what is measured, what a resume keeps."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from flwr.app import Message
 from peft import PeftModel
 
+from rankfit.client import trainer
 from rankfit.configs.settings import ConfigError
 from rankfit.tasks.adapted import predict
 from rankfit.tasks.catalogue import load_task
+from rankfit.tasks.inject import TRAINED, inject
 from rankfit.tasks.models import load_base
 from tests.server.federation import run, settings_for
 from tests.server.test_loop import figures, lines
@@ -86,6 +89,35 @@ def test_a_sketch_trains_sends_and_holds_its_own_rank_only(tmp_path: Path) -> No
     assert clients[2]["peak-memory-bytes"] < clients[8]["peak-memory-bytes"]
 
 
+@pytest.mark.parametrize("method", ["hralora", "rankfit", "fslora"])
+def test_a_rank_is_true_in_shapes_bytes_and_measured_memory(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HRALoRA's published code masks gradients: nothing of it differs at rank 1, 24 and 48."""
+    shapes: list[set[tuple[int, ...]]] = []
+
+    def watched(*args: Any, **options: Any) -> PeftModel:
+        model = inject(*args, **options)
+        own = {n: p for n, p in model.named_parameters() if f".{TRAINED}." in n and "lora_" in n}
+        assert all(p.requires_grad for p in own.values())
+        shapes.append({tuple(p.shape) for p in own.values()})
+        return model
+
+    monkeypatch.setattr(trainer, "inject", watched)
+    own = (
+        f"method.name={method}", "run.rounds=1", "train.steps=2", "fleet.memory-mib=64",
+        'fleet.upload-mbps="3, 5, 8, 20"', "fleet.download-mbps=200",
+    )  # fmt: skip
+    folder = run(settings_for(tmp_path, "true", *own))
+    clients = lines(folder)[1]["clients"]
+    ranks = [client["rank"] for client in clients.values()]
+    assert ranks == [1, 2, 4, 8]
+    assert shapes == [{(rank, 64), (64, rank)} for rank in ranks]
+    for key in ("parameters", "upload-bytes", "peak-memory-bytes"):
+        figures = [client[key] for client in clients.values()]
+        assert all(less < more for less, more in pairwise(figures)), (key, figures)
+
+
 def test_layers_that_are_left_out_are_not_sent(tmp_path: Path) -> None:
     folder = run(settings_for(tmp_path, "layers", "method.name=legend", "run.rounds=1"))
     clients = by_rank(folder)
@@ -110,6 +142,8 @@ def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
     [
         (("method.name=exclusive", "fleet.memory-mib=\"4\"", "fleet.upload-mbps=\"3\""),
          "no client can train lora.rank 8, the largest is 1"),
+        (("method.name=hralora", "fleet.upload-mbps=0.5"),
+         "no device can train even plan.min-rank: partition-0 rank 1 is 6696 bytes to upload"),
         (("method.name=flora",), "flora folds what it learns into the base"),
         (("method.name=flora", "server.optimizer=adam"), "server.optimizer 'adam' cannot be used"),
         (("method.name=fslora", "method.tail=true"), "method.tail cannot be used with fslora"),

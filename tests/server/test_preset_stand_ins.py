@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import build
+from rankfit.strategies.catalogue import find
 from tests.conftest import ROOT
 from tests.tasks.test_commonsense import RECORDS, record
 
@@ -127,7 +129,7 @@ def _parquet(
 
 
 STAND_INS: dict[str, tuple[Callable[[Path], None], int, int]] = {
-    # Preset: its stand-in, and clients and outputs that it must have.
+    # Preset: what makes its stand-in, and clients and outputs that it must have.
     "cifar100-deit": (_cifar100, 20, 100),
     "ledgar-bert": (_ledgar, 20, 100),
     "glue-roberta": (_sst2, 20, 2),
@@ -135,12 +137,36 @@ STAND_INS: dict[str, tuple[Callable[[Path], None], int, int]] = {
 }
 
 
-@pytest.mark.parametrize("preset", STAND_INS)
-def test_a_papers_preset_builds_model_data_partition_and_plan(preset: str, tmp_path: Path) -> None:
-    make, clients, classes = STAND_INS[preset]
-    make(tmp_path)
-    sources = (f"model.source={tmp_path / 'model'}", f"data.source={tmp_path / 'data'}")
-    settings = compose([preset, *sources, f"run.directory={tmp_path}"])
+def _commands() -> list[str]:
+    """The papers' experiments that the guide lists."""
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    found = re.findall(r"^rankfit run (.+)$", text, re.MULTILINE)
+    return [command for command in found if command.split()[0] in STAND_INS]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a preset's stand-in, made when it is first asked for."""
+
+    @cache
+    def folder(preset: str) -> Path:
+        root = tmp_path_factory.mktemp(preset)
+        STAND_INS[preset][0](root)
+        return root
+
+    return folder
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_every_command_of_the_papers_builds_model_data_partition_and_plan(
+    command: str, stand_ins: Callable[[str], Path], tmp_path: Path
+) -> None:
+    preset = command.split()[0]
+    root, (_, _, classes) = stand_ins(preset), STAND_INS[preset]
+    sources = (f"model.source={root / 'model'}", f"data.source={root / 'data'}")
+    settings = compose([*command.split(), *sources, f"run.directory={tmp_path}"])
+    clients = 100 if "clients-100" in command else STAND_INS[preset][1]
+    assert settings.simulation.clients == clients
     nodes = [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
     grid = InProcessGrid(client_app, to_flat(settings), nodes)
     federation = build(settings)
@@ -158,6 +184,16 @@ def test_a_papers_preset_builds_model_data_partition_and_plan(preset: str, tmp_p
     assert not head if frozen else head[-1].shape[0] == classes
     if classes:
         assert np.prod(held.shape) == clients * classes
+
+
+def test_the_guide_lists_every_method_ablation_and_split_of_the_papers() -> None:
+    commands = " ".join(_commands())
+    for name in ("legend", "straggler", "fed-hello-rgd", "ffa-lora", "flexlora", "hetlora"):
+        assert f"method.name={name}" in commands
+    for part in find("hralora").parts:
+        assert f"method.without={part}" in commands
+    for splits in ("classes-20", "partition.kind=iid", "clients-100 classes-20", "ledgar-bert"):
+        assert splits in commands
 
 
 def test_the_guide_gives_the_command_of_every_preset() -> None:

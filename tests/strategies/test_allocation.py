@@ -1,5 +1,6 @@
 """Allocations and schedules: budgets kept, no rank negative, no loop without end."""
 
+import logging
 from collections import Counter
 
 import pytest
@@ -45,9 +46,14 @@ def test_modules_are_grouped_by_layer() -> None:
     assert layers[10] == ("encoder.layer.10.q", "encoder.layer.10.v")
 
 
-def test_one_rank_is_the_weakest_clients() -> None:
-    ranks = OneRank().ranks(choice({"a": 3, "b": 8}))
+def test_one_rank_is_the_weakest_clients_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """FedIT at mixed ranks: the documented fallback."""
+    with caplog.at_level(logging.INFO):
+        ranks = OneRank().ranks(choice({"a": 3, "b": 8}))
     assert set(ranks["a"].values()) == set(ranks["b"].values()) == {3}
+    assert "one rank for all: 3, what the weakest of the clients can train" in caplog.text
 
 
 def test_exclusive_takes_only_clients_of_full_rank_and_says_so_when_there_is_none() -> None:

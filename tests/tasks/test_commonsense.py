@@ -10,10 +10,10 @@ import torch
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.configs.settings import RunSettings, from_flat
 from rankfit.tasks import intervals
-from rankfit.tasks.answers import scores
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.commonsense import FAMILIES, choices_of, extract, family_of, task_of
 from rankfit.tasks.language import LanguageTask
+from rankfit.tasks.scores import pooled, scores
 
 #: One record of each task as LLM-Adapters writes it down.
 RECORDS = {
@@ -226,8 +226,26 @@ def test_what_is_not_an_answer_counts_as_wrong(adapters: Path) -> None:
 
 
 def test_the_mean_is_over_tasks_not_over_examples() -> None:
-    found = scores([True] * 9 + [False], ["one"] * 9 + ["two"])
+    found = scores([True] * 9 + [False], ["one"] * 9 + ["two"], several=True)
     assert found["accuracy"] == 0.5 and found["one.accuracy"] == 1 and found["two.accuracy"] == 0
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_clients_are_pooled_as_if_their_examples_lay_in_one_place(several: bool) -> None:
+    # The second client has examples of one group only.
+    right = [[True, True, False, True, False], [False, False, True, False, True, True, True]]
+    groups = [["one", "two", "two", "one", "one"], ["two"] * 7]
+    if not several:
+        groups = [["all"] * len(own) for own in groups]
+    replies = [
+        {"num-examples": len(own), "loss": float(len(own)), **scores(own, of, several=several)}
+        for own, of in zip(right, groups, strict=True)
+    ]
+    whole = scores(sum(right, []), sum(groups, []), several=several)
+    assert pooled([*replies, {"num-examples": 0}]) == pytest.approx(
+        whole | {"loss": (25 + 49) / 12}
+    )
+    assert pooled([]) == {}
 
 
 def test_intervals() -> None:

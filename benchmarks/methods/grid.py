@@ -1,0 +1,219 @@
+"""A grid of runs: learning rates chosen on a validation split, then methods × settings × seeds.
+
+Shared by the comparisons of this folder. Every run is a run directory that is kept when done and
+resumed where it was cut, so a grid can be stopped at any moment. Each run gives two rows of
+figures: without drift controls, and with a moving average of the global adapter and head, which
+changes nothing in the training and is evaluated beside it.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import machine
+from rankfit.cli.comparison import Entry, finished, read_rounds, settings_of
+from rankfit.configs.compose import compose
+from rankfit.configs.settings import ConfigError, RunSettings
+
+log = logging.getLogger(__name__)
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+#: Rounds whose mean is given beside the best.
+LAST = 10
+#: What both rows need: the average is evaluated, and so is what it is taken of.
+AVERAGED = ("server.average=0.8", "server.evaluate-unaveraged=true", "server.diagnostics=false")
+#: Row of the table → prefix of its figures.
+CONTROLS = {"plain": "unaveraged-", "average-0.8": ""}
+#: Seed of the validation split and of the runs on it; no seed of the comparison.
+VALIDATION_SEED = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column of the comparison.
+
+    Attributes
+    ----------
+    name : str
+        In the results.
+    parts : tuple of str
+        What all its runs share, as for ``rankfit run``.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A comparison.
+
+    Attributes
+    ----------
+    name : str
+        Of the results: ``methods-NAME.json``.
+    methods : tuple of str
+        Rows, as :meth:`~rankfit.cli.comparison.Entry.parse` reads them.
+    settings : tuple of Setting
+        Columns.
+    validation : Mapping[str, Setting]
+        By the first part of a setting's name (up to ``/``): where its rates are chosen. Its data is
+        split off from the training data; the test set is no part of it.
+    rates : tuple of float
+        Learning rates that each method has to choose from.
+    runner : Callable
+        Carries out one run.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    validation: Mapping[str, Setting]
+    rates: tuple[float, ...]
+    runner: Callable[[RunSettings], object]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    more: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def carry_out(self, out: Path) -> None:
+        """Run what is not done; the JSON is written after every setting and method."""
+        torch.set_num_threads(1)
+        for setting in self.settings:
+            task = setting.name.split("/")[0]
+            for method in (*self.methods, *self.more.get(setting.name, ())):
+                try:
+                    rate = self._rate(task, method, out)
+                    found = [self._one(setting, method, rate, seed, out) for seed in self.seeds]
+                except ConfigError as error:
+                    log.warning("%s: %s cannot run: %s", setting.name, method, error)
+                    self._note("refused", setting.name, method, str(error))
+                    continue
+                self._note("results", setting.name, method, {"rate": rate, "runs": found})
+        sys.stdout.write(table(self.known()))
+
+    def known(self) -> dict[str, Any]:
+        """What the JSON holds so far."""
+        file = RESULTS / f"methods-{self.name}.json"
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+    def _rate(self, task: str, method: str, out: Path) -> float:
+        """The rate of the best mean of the last ten rounds on the validation split."""
+        scores = {}
+        for rate in self.rates:
+            run = self._one(self.validation[task], method, rate, VALIDATION_SEED, out)
+            scores[rate] = run["plain"]["last"]
+        self._note("rates", task, method, {f"{rate:g}": score for rate, score in scores.items()})
+        return max(scores, key=lambda rate: scores[rate])
+
+    def _one(
+        self, setting: Setting, method: str, rate: float, seed: int, out: Path
+    ) -> dict[str, Any]:
+        base = compose([*setting.parts, *AVERAGED])
+        entry = Entry.parse(f"{method}+train.learning-rate={rate:g}")
+        folder = out / setting.name.replace("/", "-")
+        settings = settings_of(base, entry, seed, folder.resolve())
+        if not finished(settings):
+            self.runner(settings)
+        return figures(read_rounds(settings), seed)
+
+    def _note(self, part: str, first: str, second: str, value: object) -> None:
+        known = self.known() or {
+            "seeds": list(self.seeds), "rates-to-choose-from": list(self.rates),
+            "settings": {s.name: _told(s) for s in self.settings}, "results": {},
+        }  # fmt: skip
+        known |= machine("torch", "transformers", "peft", "flwr")
+        known.setdefault(part, {}).setdefault(first, {})[second] = value
+        file = RESULTS / f"methods-{self.name}.json"
+        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def _told(setting: Setting) -> list[str]:
+    """The parts without the places of this machine."""
+    return [part for part in setting.parts if ".source=" not in part]
+
+
+def carry_out(grid: Grid, asked: argparse.Namespace) -> None:
+    """Do what the options ask for."""
+    if asked.settings:
+        kept = tuple(s for s in grid.settings if s.name.startswith(tuple(asked.settings)))
+        grid = replace(grid, settings=kept)
+    if asked.table:
+        sys.stdout.write(table(grid.known()))
+    else:
+        grid.carry_out(asked.out)
+
+
+def figures(lines: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """Figures of one run from its ``rounds.jsonl``: by row best and mean of the last ten rounds."""
+    trained = [line for line in lines if line["round"] > 0]
+    found: dict[str, Any] = {
+        "seed": seed,
+        "upload-bytes": sum(line["upload-bytes"] for line in trained),
+        "download-bytes": sum(line["download-bytes"] for line in trained),
+    }
+    end = trained[-1]["round"]
+    for control, prefix in CONTROLS.items():
+        curve = {
+            line["round"]: round(line["evaluation"][f"{prefix}accuracy"], 4)
+            for line in trained
+            if line.get("evaluation")
+        }
+        last = [value for number, value in curve.items() if number > end - LAST]
+        found[control] = {
+            "best": max(curve.values()), "last": round(statistics.mean(last), 4), "curve": curve,
+        }  # fmt: skip
+    return found
+
+
+def table(known: Mapping[str, Any]) -> str:
+    """Markdown: mean of the last ten rounds over the seeds ± standard deviation, a table a row."""
+    text = ""
+    for control in CONTROLS:
+        columns = list(known["results"])
+        methods = list(dict.fromkeys(m for column in columns for m in known["results"][column]))
+        cells = {c: {m: _last(known, c, m, control) for m in methods} for c in columns}
+        order = sorted(methods, key=lambda m: -statistics.mean(cells[c][m][0] for c in columns))
+        text += (
+            f"\n{control}\n\n| method | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
+        )
+        for method in order:
+            row = (_shown(method, cells[column]) for column in columns)
+            text += f"| {method} | {' | '.join(row)} |\n"
+    return text
+
+
+def _last(known: Mapping[str, Any], column: str, method: str, control: str) -> tuple[float, float]:
+    """Mean and standard deviation; (−1, 0) where there is no run."""
+    found = known["results"][column].get(method)
+    if found is None:
+        return -1.0, 0.0
+    values = [run[control]["last"] for run in found["runs"]]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _shown(method: str, column: Mapping[str, tuple[float, float]]) -> str:
+    """One cell; bold where it is first or within a standard deviation of the first."""
+    mean, spread = column[method]
+    if mean < 0:
+        return "–"
+    first, first_spread = max(column.values())
+    text = f"{mean:.3f} ± {spread:.3f}"
+    return f"**{text}**" if mean >= first - max(spread, first_spread) else text
+
+
+def arguments(text: str, extra: Iterable[tuple[str, str]] = ()) -> argparse.Namespace:
+    """Options of a comparison: ``--out``, ``--table``, and folders that it reads from."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--settings", nargs="*", help="only settings whose name begins so")
+    for name, says in extra:
+        parser.add_argument(name, type=Path, required=True, help=says)
+    return parser.parse_args()
