@@ -7,6 +7,8 @@ the process are not counted. Every device of the fleet has a memory size of its 
   traces;
 - ``--profiled MODEL`` also profiles ten training steps of a model on this CPU with real tensors,
   which is how HRALoRA (CCGrid 2026) fits its estimator, there on a GPU;
+- ``--scan N`` also replays every rank from the live bound down for N devices, and counts those that
+  the look-up gives less;
 - ``--anchors`` compares what other estimators say instead (see ``anchors.py``).
 """
 
@@ -113,6 +115,19 @@ def measure(name: str, fleet: int) -> dict[str, Any]:
     return row
 
 
+def scan(name: str, devices: int) -> dict[str, Any]:
+    """How many devices a scan of all ranks gives more than the look-up does, and how much more."""
+    estimator = estimator_of(name)
+    footprint = estimator.footprint(device(1), estimator.steps[0])
+    low, high = footprint.needed(1), footprint.expected(64, 0, 2**62)
+    lost = []
+    for size in np.random.default_rng(1).uniform(0.999 * low, 1.001 * high, devices).tolist():
+        budget = int(size)
+        holding = (rank for rank in range(64, 0, -1) if footprint.holds(rank, 0, budget))
+        lost.append(next(holding, 0) - footprint.largest(64, budget))
+    return {"scanned": devices, "below the scan": int(np.count_nonzero(lost)), "by": max(lost)}
+
+
 #: Steps that are profiled, each at another rank.
 PROFILED = 10
 
@@ -154,6 +169,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--full-depth", action="store_true")
     parser.add_argument("--profiled", default="", help="model whose steps are profiled on this CPU")
+    parser.add_argument("--scan", type=int, default=0, help="devices compared with a full scan")
     parser.add_argument("--anchors", action="store_true", help="compare with other estimators")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
@@ -177,6 +193,8 @@ def main() -> None:
             row |= compare(name)
         if arguments.profiled:
             row["ten profiled steps"] = profiled(name) if name == arguments.profiled else "–"
+        if arguments.scan:
+            row |= scan(name, arguments.scan)
         rows.append(row)
     table = Table(*rows[0], title=f"CPU seconds; fleet of {arguments.fleet} devices")
     for row in rows:

@@ -1,7 +1,8 @@
 """The estimator against a GPU: predicted and measured memory, and plans that must hold under a cap.
 
 ``python benchmarks/gpu_memory.py`` needs one CUDA GPU, no flwr and no weights, and takes under ten
-minutes. It trains a grid of models × attention × precision × checkpointing × ranks and compares
+minutes. It trains a grid of models × attention × precision × checkpointing × ranks, and some steps
+in fp16, under autocast and with each optimizer (no quantised bases: these need weights), compares
 three peaks with the caching allocator's own statistics: live (``requested_bytes``), blocks
 (``allocated_bytes``) and reserved. Then, in fresh processes whose allocator is capped to 2, 4 and
 8 GiB, the planned rank must train five steps, and the least rank whose live bytes are above the cap
@@ -12,6 +13,7 @@ Without a GPU it says so, writes nothing, and exits with 3.
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -58,6 +60,8 @@ class Case:
     checkpointing: bool
     rank: int
     batch: int
+    autocast: str = "none"
+    optimizer: str = "adamw"
 
 
 #: Name → kind, config, batch, tokens (0 = images of 224 × 224). Random weights.
@@ -76,6 +80,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     ),
 }  # fmt: skip
 CAPS_GIB = (2, 4, 8)
+#: The optimizer that needs bitsandbytes, where it is installed.
+EIGHT_BIT = ("adamw-8bit",) if importlib.util.find_spec("bitsandbytes") else ()
 
 
 def grid() -> Iterator[Case]:
@@ -84,13 +90,19 @@ def grid() -> Iterator[Case]:
         MODELS, ("sdpa", "eager"), ("fp32", "bf16"), (False, True), (8, 128)
     ):
         yield Case(model, attention, precision, checkpointing, rank, MODELS[model][2])
+    for model in MODELS:
+        plain = Case(model, "sdpa", "fp32", False, 8, MODELS[model][2])
+        yield replace(plain, precision="fp16")
+        for autocast in ("bf16", "fp16"):
+            yield replace(plain, autocast=autocast)
+        yield replace(plain, autocast="bf16", checkpointing=True)
+        for optimizer in ("adamw-fused", "adafactor", "sgd", *EIGHT_BIT):
+            yield replace(plain, optimizer=optimizer, rank=128)
 
 
 @cache
-def _estimator(
-    model: str, attention: str, precision: str, checkpointing: bool, batch: int
-) -> Estimator:
-    kind, fields, _, tokens = MODELS[model]
+def _estimator(case: Case) -> Estimator:
+    kind, fields, _, tokens = MODELS[case.model]
     config = transformers.AutoConfig.for_model(**fields)
     if tokens:
         names = ("input_ids", "attention_mask")
@@ -101,10 +113,12 @@ def _estimator(
     settings = from_flat(
         {
             "lora.rank": 256,
-            "train.batch-size": batch,
-            "train.gradient-checkpointing": checkpointing,
-            "model.attention": attention,
-            "model.precision": precision,
+            "train.batch-size": case.batch,
+            "train.gradient-checkpointing": case.checkpointing,
+            "train.autocast": case.autocast,
+            "train.optimizer": case.optimizer,
+            "model.attention": case.attention,
+            "model.precision": case.precision,
             "head.mode": "frozen",
             "plan.search": "",
         }
@@ -120,7 +134,7 @@ def _estimator(
 
 def estimator_of(case: Case) -> Estimator:
     """Estimator of a case's step, for ranks up to 256."""
-    return _estimator(case.model, case.attention, case.precision, case.checkpointing, case.batch)
+    return _estimator(replace(case, rank=0))
 
 
 def spec_of(case: Case) -> StepSpec:

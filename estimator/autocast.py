@@ -6,6 +6,7 @@ traced device: they cast the operands and go on below, where autograd and the tr
 recomputes.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,10 +53,11 @@ Cast = Callable[[Any], Any]
 def autocast_on_meta(accelerator: Accelerator) -> Iterator[None]:
     """Make ``torch.autocast("cpu", …)`` hold for meta tensors, as it does on a device."""
     cache: dict[int, tuple[Tensor, Tensor]] = {}
-    clear = torch.clear_autocast_cache
+    clear, own = torch.clear_autocast_cache, threading.get_ident()
 
     def cleared() -> None:
-        cache.clear()
+        if threading.get_ident() == own:  # another thread may train meanwhile
+            cache.clear()
         clear()
 
     with (

@@ -25,9 +25,23 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path, capsys: Any
 
 def test_the_grid_holds_every_kind_of_step():
     cases = list(gpu_memory.grid())
-    assert len(cases) == len(set(cases)) == len(gpu_memory.MODELS) * 16
+    assert len(cases) == len(set(cases)) >= len(gpu_memory.MODELS) * (16 + 7)
+    whole = cases[: len(gpu_memory.MODELS) * 16]
     for field in ("attention", "precision", "checkpointing", "rank"):
-        assert len({getattr(case, field) for case in cases}) == 2
+        assert len({getattr(case, field) for case in whole}) == 2
+    assert {case.precision for case in cases} == {"fp32", "bf16", "fp16"}
+    assert {case.autocast for case in cases} == {"none", "bf16", "fp16"}
+    assert {case.optimizer for case in cases} >= {"adamw", "adamw-fused", "sgd", "adafactor"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "fp16"}, {"autocast": "bf16"}, {"optimizer": "adamw-fused"}]
+)
+def test_every_kind_of_step_is_predicted(changes: dict[str, str]):
+    plain, other = (
+        gpu_memory.predict(replace(CASE, rank=128, **each), "9.0") for each in ({}, changes)
+    )
+    assert plain["live"] != other["live"]
 
 
 def test_what_is_predicted_is_what_a_plan_would_rest_on():

@@ -68,7 +68,6 @@ def test_the_smaller_device_trains_on_a_bf16_base_within_its_memory(
         assert own["peak-memory-bytes"] == plans["partition-0"]["peak-bytes"]
         assert own["peak-memory-bytes"] <= small * MIB < other["peak-memory-bytes"]
         assert 0 < own["train-loss"] < 10 and line["evaluation"]["loss"] > 0
-    assert "bf16" in (folder / "report.html").read_text()
 
 
 def test_a_base_without_weights_to_read_is_not_planned_in_4_bits(tmp_path: Path) -> None:
