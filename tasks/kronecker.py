@@ -42,7 +42,7 @@ class Kronecker(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """W·x + (W₁ ⊗ B·A)·x; inputs (…, m·q)."""
-        blocks = inputs.unflatten(-1, (-1, self._block))  # (…, m, q)
+        blocks = inputs.reshape(*inputs.shape[:-1], -1, self._block)  # (…, m, q)
         mixed = self.outer(self.inner(blocks).transpose(-1, -2))  # (…, p, l)
         added: Tensor = mixed.transpose(-1, -2).flatten(-2)  # (…, l·p)
         result: Tensor = self.base(inputs)
