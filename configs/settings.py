@@ -61,6 +61,9 @@ class Run(Table):
     resume: bool = False
 
 
+Form = Literal["lora", "kronecker"]
+
+
 class Lora(Table):
     """The global adapter; one scale, alpha / rank or alpha / sqrt(rank), for all clients."""
 
@@ -71,6 +74,8 @@ class Lora(Table):
     #: attention's query and value).
     targets: str = "default"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: What is added to a weight: B·A, or W₁ ⊗ (B·A), for the method ``lokr`` alone.
+    form: Form = "lora"
 
     @property
     def scale(self) -> float:
@@ -264,6 +269,8 @@ class RunSettings(Table):
                 f"train.label-prior {self.train.label_prior}: only a classifier has a label prior; "
                 "set it to 0"
             )
+        if self.lora.form == "kronecker":
+            self._wrappable()
         if self.head.mode == "local" and self.server.evaluate == "server":
             raise ValueError(
                 "head.mode local: the server has no head to evaluate with; set server.evaluate to "
@@ -287,6 +294,19 @@ class RunSettings(Table):
                     "two 16-bit types, which torch does not train; make them the same"
                 )
         return self
+
+    def _wrappable(self) -> None:
+        """Refuse what cannot be had with layers that are wrapped for Kronecker factors."""
+        for key, value, only in (
+            ("head.mode", self.head.mode, ("trained", "frozen")),
+            ("model.quantization", self.model.quantization, ("none",)),
+            ("plan.precisions", self.plan.precisions, ("",)),
+        ):
+            if value not in only:
+                raise ValueError(
+                    f"lora.form kronecker cannot be used with {key} {value!r}; set it to "
+                    f"{' or '.join(map(repr, only))}"
+                )
 
 
 def known_keys() -> dict[str, Scalar]:

@@ -95,7 +95,9 @@ def shallow(spec: StepSpec, layers: int) -> StepSpec:
         elif _per_layer(value, depth):
             config[key] = value[:layers]
     targets = tuple(t for t in spec.targets if (place_of(t)[0] or 0) < layers)
-    return replace(spec, config=json.dumps(config, sort_keys=True), targets=targets)
+    heads = tuple(h for h in spec.heads if (place_of(h)[0] or 0) < layers)
+    text = json.dumps(config, sort_keys=True)
+    return replace(spec, config=text, targets=targets, heads=heads)
 
 
 def place_of(target: str) -> tuple[int | None, str]:

@@ -28,6 +28,7 @@ from rankfit.estimator.verdict import (
 )
 from rankfit.estimator.work import Pace, Work, even_rank, work_of
 from rankfit.tasks import models
+from rankfit.tasks.kronecker import wrap
 
 __all__ = ["MIB", "Estimate", "Estimator", "NothingFits", "inputs_of"]
 
@@ -134,6 +135,9 @@ class Estimator:
             precision=settings.model.precision,
         )
         targets = models.target_modules(base, settings.lora.targets)
+        if settings.lora.form == "kronecker":
+            wrap(base, targets)
+            targets = models.target_modules(base, settings.lora.targets)
         heads = models.whole_modules(base, settings.head)
         spec = StepSpec(
             config=canonical(config.to_dict()),

@@ -15,6 +15,7 @@ from rankfit.estimator.quantized import adapt, quantize
 from rankfit.estimator.spec import InputSpec, StepSpec
 from rankfit.tasks import models
 from rankfit.tasks.adapted import train_only
+from rankfit.tasks.kronecker import OUTER, wrap
 
 Phase = Literal["load", "forward", "backward", "optimizer"]
 
@@ -105,6 +106,7 @@ def build(
     if spec.checkpointing:
         config.use_cache = False  # as the model does itself, with a warning
     base = models.build_empty(config, spec.kind, attention=spec.attention, precision=spec.precision)
+    wrap(base, [name.removesuffix(OUTER) for name in spec.heads if name.endswith(OUTER)])
     if spec.quantization != "none":
         quantize(base, spec)
     model = models.inject(

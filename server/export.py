@@ -17,7 +17,8 @@ from rankfit.server.rundir import write_adapter
 from rankfit.server.saved import SavedRun
 from rankfit.tasks.adapted import head_tensors, load_adapter
 from rankfit.tasks.data import DataError
-from rankfit.tasks.models import head_modules, inject, load_base
+from rankfit.tasks.kronecker import expanded, unwrap
+from rankfit.tasks.models import head_modules, inject, load_base, shared_heads
 from rankfit.tasks.sources import resolve_source
 from rankfit.tasks.tokenizer import load_tokenizer
 
@@ -73,10 +74,14 @@ def whole_adapter(run: SavedRun, head: Adapter | None) -> tuple[Adapter, tuple[s
     if head is not None:
         heads = tuple(dict.fromkeys(name.rpartition(".")[0] for name in head.head))
         return replace(run.adapter, head=head.head), heads
-    if run.heads:
-        return run.adapter, run.heads
+    adapter, heads = run.adapter, run.heads
+    if run.settings.lora.form == "kronecker":
+        unwrap(run.base)
+        adapter, heads = expanded(adapter), shared_heads(run.base, run.settings.head)
+    if heads:
+        return adapter, heads
     heads = head_modules(run.base)
-    return replace(run.adapter, head=head_tensors(run.base, heads)), heads
+    return replace(adapter, head=head_tensors(run.base, heads)), heads
 
 
 def ships_base(run: SavedRun) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from rankfit.adapters.merge import Merge
 from rankfit.adapters.state import Adapter
-from rankfit.configs.settings import ConfigError, RunSettings, split_list
+from rankfit.configs.settings import ConfigError, Form, RunSettings, split_list
 from rankfit.estimator.plan import Extra
 from rankfit.strategies.allocation import Allocation
 from rankfit.strategies.schedule import Schedule
@@ -37,6 +37,8 @@ class Method:
         What each client is given: by default the first directions of the global adapter.
     extras : tuple[Extra, ...]
         What a client does beside plain training.
+    form : {"lora", "kronecker"}
+        The form of adapter that it merges; ``lora.form`` must be that.
     parts : Mapping[str, Callable[[Method], Method]]
         Parts that ``method.without`` can switch off, each with the method as it is without it.
     """
@@ -49,6 +51,7 @@ class Method:
     merge: MergeFactory
     start: Start = field(default_factory=Leading)
     extras: tuple[Extra, ...] = ()
+    form: Form = "lora"
     parts: Mapping[str, "Callable[[Method], Method]"] = field(default_factory=dict)
 
 
@@ -69,6 +72,11 @@ def configured(method: Method, settings: RunSettings) -> Method:
             )
         method = method.parts[part](method)
     method.start.check(method.name, settings)
+    if method.form != settings.lora.form:
+        raise ConfigError(
+            f"method.name {method.name} is for lora.form {method.form!r}, not "
+            f"{settings.lora.form!r} (the preset lokr sets both)"
+        )
     return method
 
 

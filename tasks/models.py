@@ -26,6 +26,7 @@ from transformers.utils import logging
 from rankfit.configs import settings as config_settings
 from rankfit.tasks import font_vit
 from rankfit.tasks.inject import TAIL, TRAINED, eject, inject
+from rankfit.tasks.kronecker import wrap
 from rankfit.tasks.quantized import quantization
 from rankfit.tasks.sources import (
     ModelError,
@@ -233,6 +234,8 @@ def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedM
             if source.kind == "hub" or isinstance(error, OSError):
                 raise _unreachable(model_settings, source, error) from error
             raise _unbuildable(config, kind, model_settings.attention, error) from error
+        if settings.lora.form == "kronecker":
+            wrap(model, target_modules(model, settings.lora.targets))
     model.requires_grad_(False)
     return model.eval()
 

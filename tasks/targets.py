@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankfit.configs.settings import Head, split_list
+from rankfit.tasks.kronecker import INNER, OUTER, wrapped
 from rankfit.tasks.sources import ModelError
 
 #: Names of the attention's query and value projections, in the order they are looked for. PEFT's
@@ -66,16 +67,19 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
 def whole_modules(model: PreTrainedModel, head: Head) -> tuple[str, ...]:
     """Modules that a client trains whole beside its adapter: ``head.modules``, or the head.
 
+    In a base that was wrapped for ``lora.form`` kronecker, W₁ of each layer too.
+
     Raises
     ------
     ModelError
         If a name is no module of the model.
     """
+    outer = tuple(f"{name}{OUTER}" for name in wrapped(model))
     if head.mode == "frozen":
-        return ()
+        return outer
     named = split_list(head.modules)
     if not named:
-        return head_modules(model)
+        return (*head_modules(model), *outer)
     present = dict(model.named_modules())
     for name in named:
         if name not in present:
@@ -84,12 +88,12 @@ def whole_modules(model: PreTrainedModel, head: Head) -> tuple[str, ...]:
                 f"head.modules {name!r} is no module of {type(model).__name__}; its own are "
                 f"{children}"
             )
-    return named
+    return (*named, *outer)
 
 
 def shared_heads(model: PreTrainedModel, head: Head) -> tuple[str, ...]:
     """Those of them that travel and are averaged: none where every client keeps its own."""
-    return whole_modules(model, head) if head.mode == "trained" else ()
+    return () if head.mode == "local" else whole_modules(model, head)
 
 
 def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
@@ -109,6 +113,8 @@ def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
     ModelError
         If a name or expression matches nothing, or is no expression; it lists the Linear modules.
     """
+    if layers := wrapped(model):  # for these targets, when it was loaded
+        return tuple(f"{name}{INNER}" for name in layers)
     heads = head_modules(model)
     output = model.get_output_embeddings()
     linear = [

@@ -42,6 +42,8 @@ MIXES = {
     "2-4-8": ('fleet.upload-mbps="5, 8, 20"',),
 }
 RATES = (0.003, 0.01, 0.03)
+#: Rows that need a setting beside their name.
+NEEDS = {"lokr": "lokr+lora.form=kronecker"}
 #: The methods that the slower comparisons are between.
 LEADING = ("fedit", "flexlora", "fslora", "hetlora", "hralora", "rankfit")
 #: Rows beside the catalogue, in one setting.
@@ -63,7 +65,7 @@ def digits_grid(data: Path) -> Grid:
         validation[task] = Setting(f"{task}-validation", parts)
     return Grid(
         name="digits",
-        methods=tuple(sorted(set(methods()) - {"straggler"})),
+        methods=tuple(NEEDS.get(name, name) for name in sorted(set(methods()) - {"straggler"})),
         settings=(*columns, setting("upright", "dirichlet-0.3", "1-2-8")),
         validation=validation,
         rates=RATES,

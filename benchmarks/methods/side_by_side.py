@@ -95,14 +95,17 @@ class Stacked(nn.Module):
 class StackedHead(nn.Module):
     """One whole linear layer per client."""
 
-    #: (clients, classes, k) and (clients, 1, classes).
+    #: (clients, d, k) and (clients, 1, d), or None.
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs (clients · m, k)."""
+        """Inputs (clients · m, …, k)."""
         own = inputs.reshape(len(self.weight), -1, inputs.shape[-1])
-        return (own @ self.weight.transpose(1, 2) + self.bias).reshape(len(inputs), -1)
+        result = own @ self.weight.transpose(1, 2)
+        if self.bias is not None:
+            result = result + self.bias
+        return result.reshape(*inputs.shape[:-1], -1)
 
 
 class SideBySideGrid(InProcessGrid):
@@ -259,12 +262,12 @@ class SideBySide:
             layer.a = torch.stack([pad(a, (0, 0, 0, largest - len(a))) for a, _ in sides])
             layer.b = torch.stack([pad(b, (0, largest - b.shape[1])) for _, b in sides])
         for name, head in self._heads.items():
-            tensors = [
-                [member.parameters[names.head_name(f"{name}.{part}")] for member in members]
-                for part in ("weight", "bias")
-            ]
-            head.weight, bias = (torch.stack(cast(list[Tensor], own)) for own in tensors)
-            head.bias = bias.unsqueeze(1)
+            weight, bias = (names.head_name(f"{name}.{part}") for part in ("weight", "bias"))
+            head.weight = torch.stack([member.parameters[weight] for member in members])
+            head.bias = None
+            if bias in members[0].parameters:
+                biases = torch.stack([member.parameters[bias] for member in members])
+                head.bias = biases.unsqueeze(1)
 
     def _sides(self, member: Member, module: str) -> tuple[Tensor, Tensor]:
         """A (r, k) and scaled B (d, r) of one client, its frozen directions behind its own."""

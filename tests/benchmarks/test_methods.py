@@ -29,6 +29,7 @@ SMALL = (
         ("method.name=rankfit",),  # a tail
         ("method.name=fslora",),  # a scale for each client
         ("method.name=hetlora", "method.prune-weight=0.3"),
+        ("method.name=lokr", "lora.form=kronecker"),
         # One factor a round, and modules that some clients lack.
         ("method.name=hralora", "method.warm-up-rounds=0"),
     ],

@@ -11,6 +11,8 @@ from peft import PeftModel
 
 from rankfit.client import trainer
 from rankfit.configs.settings import ConfigError
+from rankfit.server.export import export
+from rankfit.server.saved import SavedRun
 from rankfit.tasks.adapted import predict
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.inject import TRAINED, inject
@@ -118,6 +120,25 @@ def test_a_rank_is_true_in_shapes_bytes_and_measured_memory(
         assert all(less < more for less, more in pairwise(figures)), (key, figures)
 
 
+def test_kronecker_factors_travel_and_train_as_small_as_they_are(tmp_path: Path) -> None:
+    """LoKr: W₁ (8 × 8) whole and B·A (8 × 8) at one rank, in each of eight modules."""
+    own = ("lokr", "run.rounds=2", "fleet.memory-mib=64", 'fleet.upload-mbps="3.6, 20"')
+    folder = run(settings_for(tmp_path, "lokr", *own))
+    head, outer, unit = 64 * 10 + 10, 8 * 8 * 8, 8 * (8 + 8)
+    expected = {p["client"]: p["plan"]["peak-bytes"] for p in lines(folder, "plans.jsonl")}
+    for name, client in lines(folder)[1]["clients"].items():
+        assert client["parameters"] == head + outer + unit * client["rank"]
+        assert client["upload-bytes"] == client["download-bytes"] == 4 * client["parameters"]
+        assert abs(client["peak-memory-bytes"] - expected[name]) <= 4096
+    written = export(SavedRun.open(folder), tmp_path / "adapter", merged=False)
+    settings = settings_for(tmp_path, "plain")
+    task = load_task(settings)
+    model = PeftModel.from_pretrained(load_base(settings, task.labels), str(written))
+    logits, labels = predict(model, [task.test.collate(range(len(task.test)))], torch.device("cpu"))
+    final = lines(folder)[-1]["evaluation"]["accuracy"]
+    assert task.metrics(logits, labels)["accuracy"] == pytest.approx(final, abs=0.003)
+
+
 def test_layers_that_are_left_out_are_not_sent(tmp_path: Path) -> None:
     folder = run(settings_for(tmp_path, "layers", "method.name=legend", "run.rounds=1"))
     clients = by_rank(folder)
@@ -144,6 +165,7 @@ def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
          "no client can train lora.rank 8, the largest is 1"),
         (("method.name=hralora", "fleet.upload-mbps=0.5"),
          "no device can train even plan.min-rank: partition-0 rank 1 is 6696 bytes to upload"),
+        (("method.name=lokr",), "lokr is for lora.form 'kronecker', not 'lora'"),
         (("method.name=flora",), "flora folds what it learns into the base"),
         (("method.name=flora", "server.optimizer=adam"), "server.optimizer 'adam' cannot be used"),
         (("method.name=fslora", "method.tail=true"), "method.tail cannot be used with fslora"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
-from rankfit.adapters.state import Adapter, initial
+from rankfit.adapters.folding import join
+from rankfit.adapters.state import Adapter, Factors, initial
 from rankfit.client.trainer import Job, evaluate, train
 from rankfit.client.workspace import Workspace
 from rankfit.configs.settings import from_flat
@@ -74,6 +75,23 @@ def test_adapters_train_on_a_quantised_base(root: Path, kind: str) -> None:
     assert torch.allclose(after, before, atol=0.02)
     # What was learnt on the quantised base holds on the 16-bit one, into which it is merged.
     assert evaluate(plain, trained, rows)["loss"] < evaluate(plain, start, rows)["loss"] - 0.1
+
+
+@pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed (extra quantized)")
+def test_what_flora_folds_lies_beside_a_quantised_base(root: Path) -> None:
+    """Nothing can be added to 4-bit weights: the folded part comes as a frozen second adapter."""
+    space = workspace(root, "nf4")
+    shapes = target_shapes(space.base, target_modules(space.base, "default"), 4)
+    start, folded = (initial(shapes, 4, 1.0, {}, seed) for seed in (0, 1))
+    moved = {m: Factors(torch.randn_like(own.b), own.a) for m, own in folded.factors.items()}
+    sent = join(start, Adapter(moved, 1.0))
+    plan = Plan(start.ranks, "both", 8, 1, False, 0, 0, "cap", tail_rank=8, precision="nf4")
+    rows = np.arange(8)
+    update = train(space, Job("one", 1, plan, sent, rows, None))
+    trained = Adapter.from_state_dict(update.state, 1.0)
+    assert trained.ranks == start.ranks
+    after = evaluate(space, join(trained, Adapter(moved, 1.0)), rows)["loss"]
+    assert after < evaluate(space, sent, rows)["loss"] - 0.1
 
 
 def test_what_cannot_be_quantised_is_refused_by_name(
