@@ -2,9 +2,9 @@
 
 ``python benchmarks/traffic.py``: the quickstart for two rounds through Flower's simulation (Ray),
 with every method in float32 and with every wire type as ``rankfit``; some minutes. The bytes are
-those of the arrays in the messages, the arithmetic is ranks times the bytes of a direction, and the
-head. What a method folds (``flora``, ``fedex-lora``) grows with the rounds, and plans keep room for
-its full size: of these the first round is compared.
+those of the arrays in the messages; the arithmetic is ranks times the bytes of a direction, and the
+head. For what a method folds (``flora``, ``fedex-lora``) plans keep room at its full size, and the
+ranks of the first round are added up here. A part of the methods replaces its part of the results.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from rankfit.tasks.models import load_base, shared_heads, target_modules  # noqa
 
 RESULT = Path(__file__).parent / "results" / "traffic.json"
 ROUNDS = 2
-#: Their downloads grow by what was folded.
-FOLDING = ("flora", "fedex-lora")
+#: What a round of ranks r folds has their sum as rank; and one r more for the average taken off.
+FOLDING = {"flora": 0, "fedex-lora": 1}
 
 
 def run(method: str, wire: WireType) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def run(method: str, wire: WireType) -> dict[str, Any]:
                 "quickstart", f"run.directory={folder}", "run.name=traffic", f"run.rounds={ROUNDS}",
                 f"method.name={method}", f"wire.dtype={wire}", "server.evaluate=none",
                 *(["plan.download-seconds=0"] if method in FOLDING else []),
+                *(["lora.form=kronecker"] if method == "lokr" else []),
             ]
         )  # fmt: skip
         over_ray(settings)
@@ -51,16 +52,22 @@ def run(method: str, wire: WireType) -> dict[str, Any]:
     payload = payload_of(settings)
     found = {"method": method, "wire": wire, "clients": 0}
     found |= dict.fromkeys(("up", "up-planned", "down", "down-planned"), 0)
+    folded = dict.fromkeys(payload.shapes, 0)
     for line in rounds:
-        for client, own in line["clients"].items():
-            plan = _plan_at(plans, client, line["round"])
+        trained = [_plan_at(plans, client, line["round"]) for client in line["clients"]]
+        for plan, own in zip(trained, line["clients"].values(), strict=True):
             found["clients"] += 1
             found["up"] += own["upload-bytes"]
             found["up-planned"] += upload(payload, plan)
             found["down"] += own["download-bytes"]
-            found["down-planned"] += download(payload, plan)
+            found["down-planned"] += download(payload, plan, folded if method in FOLDING else None)
         if method in FOLDING:
-            break
+            parts = [_ranks(plan) for plan in trained]
+            parts += [parts[0]] * FOLDING[method]
+            folded = {
+                module: min(sum(part.get(module, 0) for part in parts), *shape)
+                for module, shape in payload.shapes.items()
+            }
     return found
 
 
@@ -73,19 +80,28 @@ def payload_of(settings: RunSettings) -> Payload:
 
 def upload(payload: Payload, plan: Mapping[str, Any]) -> int:
     """Factors that move, and the head."""
-    ranks = dict(zip(plan["modules"], plan["ranks"], strict=True))
     return payload.head_bytes + sum(
-        rank * payload.direction_bytes(module, plan["moves"]) for module, rank in ranks.items()
+        rank * payload.direction_bytes(module, plan["moves"])
+        for module, rank in _ranks(plan).items()
     )
 
 
-def download(payload: Payload, plan: Mapping[str, Any]) -> int:
-    """Both factors, with the frozen rest where the plan has a tail, and the head."""
-    ranks = dict(zip(plan["modules"], plan["ranks"], strict=True))
-    whole = {m: max(ranks.get(m, 0), plan["tail-rank"]) for m in payload.shapes}
+def download(
+    payload: Payload, plan: Mapping[str, Any], folded: Mapping[str, int] | None = None
+) -> int:
+    """Both factors, with the frozen rest where there is one, and the head."""
+    ranks = _ranks(plan)
+    if folded is None:
+        whole = {m: max(ranks.get(m, 0), plan["tail-rank"]) for m in payload.shapes}
+    else:
+        whole = {m: ranks.get(m, 0) + rank for m, rank in folded.items()}
     return payload.head_bytes + sum(
         rank * payload.direction_bytes(module) for module, rank in whole.items()
     )
+
+
+def _ranks(plan: Mapping[str, Any]) -> dict[str, int]:
+    return dict(zip(plan["modules"], plan["ranks"], strict=True))
 
 
 def _plan_at(plans: list[dict[str, Any]], client: str, number: int) -> dict[str, Any]:
@@ -106,14 +122,15 @@ def main() -> None:
     options = parser.parse_args()
     cases: list[tuple[str, WireType]] = [(method, "float32") for method in options.methods]
     cases += [("rankfit", wire) for wire in get_args(WireType) if wire != "float32"]
-    results = []
+    known = json.loads(options.output.read_text("utf-8")) if options.output.exists() else {}
+    results = {(own["method"], own["wire"]): own for own in known.get("results", [])}
     table = Table("method", "wire", "updates", "bytes up", "planned", "bytes down", "planned")
     for method, wire in cases:
         found = run(method, wire)
-        results.append(found)
+        results[method, wire] = found
         table.add_row(*(str(value) for value in found.values()))
         record = {"benchmark": "traffic", "rounds": ROUNDS, **machine("torch", "flwr", "ray")}
-        record["results"] = results
+        record["results"] = [results[key] for key in sorted(results)]
         options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     Console().print(table)
 
