@@ -200,7 +200,8 @@ def record(
         if isinstance(value, torch.Tensor) and value.device.type in recorder.devices
     ]
     # What dies with this function is no part of the step.
-    return Recording(list(recorder.allocations), list(recorder.events), trained, state)
+    shared_once = list(dict.fromkeys(state))
+    return Recording(list(recorder.allocations), list(recorder.events), trained, shared_once)
 
 
 def _casts(spec: StepSpec) -> AbstractContextManager[None]:

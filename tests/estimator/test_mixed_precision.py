@@ -99,4 +99,4 @@ def test_the_optimizers_differ_as_their_states_do():
     assert state("sgd", momentum=0.9) == 4 * adapters
     assert state("adamw") == 8 * adapters + 48 * 4  # a step counter for each factor
     assert state("adafactor") == 4 * 24 * 2 * (384 + 100) + 48 * 4
-    assert 2 * adapters < state("adamw-8bit") < 2.6 * adapters
+    assert 2 * adapters < state("adamw-8bit") < 2.7 * adapters
