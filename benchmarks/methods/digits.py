@@ -106,7 +106,8 @@ def main() -> None:
     """Carry out the comparison."""
     asked = grid.arguments(str(__doc__))
     data = asked.out.resolve() / "data"
-    write_pictures(data)
+    if not asked.table:
+        write_pictures(data)
     grid.carry_out(digits_grid(data), asked)
 
 

@@ -199,13 +199,13 @@ def _last(known: Mapping[str, Any], column: str, method: str, control: str) -> t
 
 
 def _shown(method: str, column: Mapping[str, tuple[float, float]]) -> str:
-    """One cell; bold where it is first or within a standard deviation of the first."""
+    """One cell; bold where it is first, or within the first's standard deviation of it."""
     mean, spread = column[method]
     if mean < 0:
         return "–"
     first, first_spread = max(column.values())
     text = f"{mean:.3f} ± {spread:.3f}"
-    return f"**{text}**" if mean >= first - max(spread, first_spread) else text
+    return f"**{text}**" if mean >= first - first_spread else text
 
 
 def arguments(text: str, extra: Iterable[tuple[str, str]] = ()) -> argparse.Namespace:
