@@ -53,7 +53,8 @@ def fleet(**changes: tuple[float, float, float]) -> dict[str, DeviceReport]:
 @pytest.mark.parametrize("name", sorted(methods()))
 @pytest.mark.parametrize("download", [0.0, 0.08])
 def test_every_plan_of_every_round_keeps_every_budget(name: str, download: float) -> None:
-    settings = run_settings(**{"method.name": name, "plan.download-seconds": download})
+    chosen = {"method.name": name, "lora.form": find(name).form}
+    settings = run_settings(**chosen, **{"plan.download-seconds": download})
     own, reports = planner(settings), fleet()
     own.scores = {m: float(i) for i, m in enumerate(own._estimator(("both",)).spec.targets)}
     for number in range(1, 7):
