@@ -190,9 +190,9 @@ def measure(own: Case) -> dict[str, dict[str, float]]:
 
 
 def _timed(way: Callable[[Case], Spectrum], own: Case) -> tuple[float, Spectrum]:
-    """Best CPU seconds of up to five runs, or of as many as fit into three seconds."""
+    """Best CPU seconds of up to twenty runs, or of as many as fit into three seconds."""
     times: list[float] = []
-    while not times or (len(times) < 5 and sum(times) < 3):
+    while not times or (len(times) < 20 and sum(times) < 3):
         began = time.thread_time()
         spectrum = way(own)
         times.append(time.thread_time() - began)
