@@ -178,12 +178,14 @@ class RunDirectory:
             raise ConfigError(f"run.resume is on, but {config.parent} holds no run")
         import tomllib
 
-        before = flatten(tomllib.loads(config.read_text(encoding="utf-8")))
+        # A setting that a newer release has added was at its default.
+        saved = flatten(tomllib.loads(config.read_text(encoding="utf-8")))
+        before = to_flat(RunSettings()) | saved
         free = {"run.resume", "run.rounds", "run.directory"}
         for key, value in to_flat(self.settings).items():
-            if key not in free and before.get(key) != value:
+            if key not in free and before[key] != value:
                 raise ConfigError(
-                    f"cannot resume {config.parent}: {key} was {before.get(key)!r}, is {value!r}; "
+                    f"cannot resume {config.parent}: {key} was {before[key]!r}, is {value!r}; "
                     "set it back, or start a new run"
                 )
 

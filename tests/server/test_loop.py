@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,18 @@ def test_bad_input_is_one_clear_error_before_any_training(
 def test_a_run_is_never_written_over(plain: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run already"):
         run(settings_for(plain.parent, "plain"))
+
+
+def test_a_run_of_an_older_release_is_resumed_at_the_defaults_of_what_is_new(
+    plain: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(plain, tmp_path / "plain", symlinks=True)
+    config = tmp_path / "plain" / "config.toml"
+    text = config.read_text()
+    assert 'form = "lora"\n' in text
+    config.write_text(text.replace('form = "lora"\n', ""))
+    folder = run(settings_for(tmp_path, "plain", "run.resume=true"))
+    assert lines(folder) == lines(plain)
 
 
 def test_a_resumed_run_keeps_its_settings(plain: Path) -> None:
