@@ -12,6 +12,8 @@ OVERSAMPLING = 16
 PROBES = 8
 #: Pairs of products, with M and with its transpose, before the exact route is taken instead.
 PAIRS = 8
+#: A product of more flops than this is worth a look after each of them, not of each pair.
+LOOK_FLOPS = 2e9
 #: Share of the allowed excess that the estimate may fill; both rest on few figures.
 SAFETY = 0.75
 #: Energies closer than this share of the whole cannot be told apart in float32.
@@ -48,12 +50,17 @@ def iterated(
     products, probes = both[:, :columns], both[:, columns:]  # M · right, and what random rows see
     left, turned = products.new_zeros(d, 0), products.new_zeros(k, 0)  # and Mᵀ · left
     captured, gains = _captured(products, rank), list[float]()
-    while right.shape[1] + columns <= min(d, k) and len(gains) < PAIRS:
+    looks_often = 2 * columns * matrix.product_flops > LOOK_FLOPS
+    while right.shape[1] + columns <= min(d, k) and len(gains) < 2 * PAIRS:
         block = orthonormal(products[:, right.shape[1] - columns :], left)
         left = torch.cat([left, block], 1)
         turned = torch.cat([turned, matrix.transposed_times(block)], 1)
         outside = float((probes - left @ (left.T @ probes)).double().square().sum()) / PROBES
         whole = float(turned.double().square().sum()) + outside
+        gains.append(_captured(turned, rank) - captured if looks_often else 0.0)
+        captured += gains[-1]
+        if looks_often and _settled(gains, captured, whole, tolerance):
+            return _assembled(turned, left, rank).transposed()
         block = orthonormal(turned[:, left.shape[1] - columns :], right)
         right = torch.cat([right, block], 1)
         products = torch.cat([products, matrix.times(block)], 1)
@@ -67,12 +74,13 @@ def iterated(
 def _settled(gains: list[float], captured: float, whole: float, tolerance: float) -> bool:
     """Whether the energy still missed is below (1 + tolerance)² − 1 of the best error's square.
 
-    It is taken as what comes if the gains go on shrinking as they did; until there are two they are
-    taken to halve.
+    It is taken as what comes if the gains go on shrinking as they did. Two products are counted as
+    one, for with d ≠ k one side's gain more than the other's, and rounding sets the two sides apart
+    by a constant; until there are two pairs they are taken to halve.
     """
-    gain = max(gains[-1], 0.0)
-    ratio = min(max(gain / gains[-2], 0.1), 0.9) if len(gains) > 1 and gains[-2] > 0 else 0.5
-    missed = gain * ratio / (1 - ratio)
+    pair, before = max(sum(gains[-2:]), 0.0), sum(gains[-4:-2])
+    ratio = min(max(pair / before, 0.1), 0.9) if len(gains) >= 4 and before > 0 else 0.5
+    missed = pair * ratio / (1 - ratio)
     allowed = SAFETY * ((1 + tolerance) ** 2 - 1) * max(whole - captured, 0.0)
     return missed <= max(allowed, RESOLUTION * whole)
 
