@@ -177,9 +177,9 @@ class AverageFactors(Merge):
                 f"{update.trained.ranks}; choose a method for mixed ranks"
             )
         for module, factors in update.trained.factors.items():
-            own = self.reference.factors[module].cut(0, factors.rank)
-            self._sums[module].b.add_(factors.b - own.b, alpha=update.weight)
-            self._sums[module].a.add_(factors.a - own.a, alpha=update.weight)
+            own, rank = self.reference.factors[module], factors.rank
+            self._sums[module].b.add_(factors.b - own.b[:, :rank], alpha=update.weight)
+            self._sums[module].a.add_(factors.a - own.a[:rank], alpha=update.weight)
 
     def _finish_module(self, module: str) -> Factors:
         own = self.reference.factors[module]
@@ -192,8 +192,8 @@ class AverageFactors(Merge):
 
     def _averages(self, module: str) -> Factors:
         total = self._sums[module]
-        own = self.reference.factors[module].cut(0, total.rank)
-        return Factors(own.b + total.b / self.total, own.a + total.a / self.total)
+        own, rank = self.reference.factors[module], total.rank
+        return Factors(own.b[:, :rank] + total.b / self.total, own.a[:rank] + total.a / self.total)
 
 
 class ZeroPadded(Merge):

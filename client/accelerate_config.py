@@ -45,8 +45,8 @@ class DataParallel:
         Raises
         ------
         ValueError
-            If the file cannot be read, asks for more than data parallelism on one machine, or for
-            another precision than the run's.
+            If the file cannot be read, asks for more than data parallelism on one machine, for
+            another precision than the run's, or for a device of one process.
         """
         try:
             config = _Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -69,7 +69,13 @@ class DataParallel:
             )
         size = 1 if config.distributed_type == "NO" else config.num_processes
         gpus = "" if config.gpu_ids == "all" else config.gpu_ids
-        return cls(size, gpus, config.use_cpu or config.distributed_type == "MULTI_CPU")
+        cpu = config.use_cpu or config.distributed_type == "MULTI_CPU"
+        if size == 1 and (gpus or cpu):
+            raise ValueError(
+                f"accelerate-config {path}: of one process, gpu_ids and use_cpu are not read; set "
+                "CUDA_VISIBLE_DEVICES for the SuperNode, and leave accelerate-config out"
+            )
+        return cls(size, gpus, cpu)
 
 
 class _Config(BaseModel):

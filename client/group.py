@@ -8,6 +8,7 @@ and no second copy of the gradients is held.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import distributed, nn
@@ -45,7 +46,8 @@ class Group:
         """Join the group that the environment names; waits for the others."""
         from accelerate import PartialState
 
-        state = PartialState(cpu=cpu)
+        # A process that dies ends the group (crew.py): no wait of a living one is too long.
+        state = PartialState(cpu=cpu, timeout=timedelta(days=1))
         return cls(state.num_processes, state.process_index, state.device)
 
     @property

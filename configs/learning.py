@@ -15,6 +15,12 @@ from rankfit.configs.table import (
     split_list,
 )
 
+#: Choices that the estimator's step spec and the loading of models share with the settings.
+Precision = Literal["fp32", "bf16", "fp16"]
+Quantization = Literal["none", "nf4", "nf4-single", "int8"]
+Autocast = Literal["none", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"]
+
 #: Bits of one frozen weight in each precision of a base, scales of the blocks included.
 BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "nf4-single": 4.5, "nf4": 4.127}
 #: Those in which bitsandbytes keeps it.
@@ -72,10 +78,10 @@ class Model(Table):
     source: str = "builtin:font-vit"
     revision: str = "main"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     #: The frozen base in 4 or 8 bits through bitsandbytes (extra ``quantized``). The scales of
     #: ``nf4`` are quantised too, those of ``nf4-single`` are not.
-    quantization: Literal["none", "nf4", "nf4-single", "int8"] = "none"
+    quantization: Quantization = "none"
     trust_remote_code: bool = False
 
     @property
@@ -182,7 +188,7 @@ class Train(Table):
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 0.0
     #: ``adamw-8bit`` needs bitsandbytes (extra ``quantized``).
-    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"] = "adamw"
+    optimizer: Optimizer = "adamw"
     #: Of ``sgd``.
     momentum: Share = 0.0
     gradient_checkpointing: bool = False
@@ -206,6 +212,6 @@ class Train(Table):
     label_prior: NonNegative = 0.0
     #: Forward pass in 16 bits where torch.autocast holds it safe; weights stay as they are. With
     #: fp16, here or in ``model.precision``, the loss is scaled.
-    autocast: Literal["none", "bf16", "fp16"] = "none"
+    autocast: Autocast = "none"
     #: Backend of torch.compile (``inductor``), anew for each training ("" = not compiled).
     compile: str = ""

@@ -4,19 +4,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from rankfit.adapters.names import Moves
+from rankfit.configs.learning import Autocast, Optimizer, Precision, Quantization
 from rankfit.estimator.report import Accelerator
+from rankfit.tasks.models import Kind
 from rankfit.tasks.task import TensorSpec
-
-Precision = Literal["fp32", "bf16", "fp16"]
-Quantization = Literal["none", "int8", "nf4", "nf4-single"]
-Autocast = Literal["none", "bf16", "fp16"]
-Optimizer = Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"]
-Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]
 
 #: Bytes of one number.
 DTYPE_BYTES = {

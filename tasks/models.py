@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rankfit.configs import settings as config_settings
+from rankfit.configs.learning import Precision
 from rankfit.tasks import font_vit
 from rankfit.tasks.inject import TAIL, TRAINED, eject, inject
 from rankfit.tasks.kronecker import wrap
@@ -56,7 +57,6 @@ __all__ = [
 ]
 
 Kind = Literal["image-classification", "text-classification", "causal-lm", "seq2seq-lm"]
-Precision = Literal["fp32", "bf16", "fp16"]
 Problem = Literal["classification", "regression"]
 
 _AUTO = {

@@ -20,8 +20,8 @@ def banking77_grid(data: Path) -> Grid:
     parts = (
         "banking77-minilm", f"data.source={data}", "data.train=banking77_train",
         "data.test=banking77_test", "data.test-samples=300", "lora.dropout=0", "run.rounds=20",
-        "server.evaluate-every=5", "simulation.clients=12", "server.clients-per-round=4",
-        "server.min-clients=3", "train.batch-size=8", "train.steps=6", "method.warm-up-rounds=4",
+        "server.evaluate-every=4", "simulation.clients=12", "server.clients-per-round=4",
+        "server.min-clients=3", "train.batch-size=8", "train.steps=4", "method.warm-up-rounds=4",
         "method.renew-every=4", *SPLITS["dirichlet-0.3"],
         # One unit of rank in all modules is 36 KiB, the head 15 KiB; upload decides.
         'fleet.memory-mib="2048"', 'fleet.download-mbps="200"', 'fleet.upload-mbps="1, 1.6, 20"',

@@ -93,7 +93,8 @@ class Grid:
                     found = [self._one(setting, method, rate, seed, out) for seed in self.seeds]
                 except ConfigError as error:
                     log.warning("%s: %s cannot run: %s", setting.name, method, error)
-                    self._note("refused", setting.name, method, str(error))
+                    told = str(error).replace(f"{out.resolve()}/", "")
+                    self._note("refused", setting.name, method, told)
                     continue
                 self._note("results", setting.name, method, {"rate": rate, "runs": found})
         sys.stdout.write(table(self.known()))
@@ -130,6 +131,8 @@ class Grid:
         }  # fmt: skip
         known |= machine("torch", "transformers", "peft", "flwr")
         known.setdefault(part, {}).setdefault(first, {})[second] = value
+        if part == "results":
+            known.get("refused", {}).get(first, {}).pop(second, None)
         file = RESULTS / f"methods-{self.name}.json"
         file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 

@@ -24,10 +24,10 @@ def test_what_accelerate_writes(tmp_path: Path) -> None:
     ).to_yaml_file(path)  # fmt: skip
     assert DataParallel.of_file(path, "bf16") == DataParallel(2, "0,3", cpu=False)
     ClusterConfig(
-        distributed_type=DistributedType.NO, num_processes=1, mixed_precision="no", use_cpu=True,
-        **common,
+        distributed_type=DistributedType.NO, num_processes=1, mixed_precision="no", use_cpu=False,
+        gpu_ids="all", **common,
     ).to_json_file(path)  # fmt: skip
-    assert DataParallel.of_file(path, "none") == DataParallel(1, "", cpu=True)
+    assert DataParallel.of_file(path, "none") == DataParallel()
 
 
 def test_words_that_yaml_takes_for_truth(tmp_path: Path) -> None:
@@ -42,6 +42,8 @@ def test_words_that_yaml_takes_for_truth(tmp_path: Path) -> None:
         ("distributed_type: MULTI_GPU\nnum_machines: 2", "start a SuperNode on each"),
         ("distributed_type: MULTI_GPU\nmixed_precision: fp16", "train.autocast"),
         ("distributed_type: MULTI_GPU\nnum_processes: 0", "num_processes"),
+        ("distributed_type: 'NO'\nuse_cpu: true", "CUDA_VISIBLE_DEVICES"),
+        ("distributed_type: MULTI_GPU\ngpu_ids: 1", "CUDA_VISIBLE_DEVICES"),
         ("num_processes: 2", "distributed_type"),
         ("- no mapping", "valid dictionary"),
         ("{", "accelerate-config"),

@@ -88,6 +88,11 @@ def step_spec(architecture: str, *, head: bool = True, **changes: Any) -> StepSp
     return StepSpec(**(fields | changes))
 
 
+def uneven(targets: tuple[str, ...]) -> dict[str, int]:
+    """Ranks that differ from module to module."""
+    return {module: 3 * index + 1 for index, module in enumerate(targets)}
+
+
 def real_peak(
     spec: StepSpec,
     ranks: Mapping[str, int],

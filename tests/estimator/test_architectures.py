@@ -11,7 +11,7 @@ from rankfit.tasks import models
 from rankfit.tasks.targets import weight_shape
 
 from .architectures import ARCHITECTURES, architecture_spec
-from .small import real_peak, recorded_peak
+from .small import real_peak, recorded_peak, uneven
 
 TRACES = TraceCache()
 STEPS = {
@@ -20,10 +20,6 @@ STEPS = {
     "fp32-checkpointing-a": {"checkpointing": True, "moves": "a"},
     "bf16-checkpointing-b": {"precision": "bf16", "checkpointing": True, "moves": "b"},
 }
-
-
-def uneven(targets: tuple[str, ...]) -> dict[str, int]:
-    return {module: 3 * index + 1 for index, module in enumerate(targets)}
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -12,7 +12,7 @@ from rankfit.estimator.solve import solve
 from rankfit.estimator.tracer import TraceCache
 
 from .architectures import architecture_spec, deep_spec
-from .small import real_peak, recorded_peak, step_spec
+from .small import real_peak, recorded_peak, step_spec, uneven
 
 TRACES = TraceCache()
 STEPS = {
@@ -29,10 +29,6 @@ OPTIMIZERS = {
     "momentum": {"optimizer": "sgd", "momentum": 0.9},
     "adafactor": {"optimizer": "adafactor"},
 }
-
-
-def uneven(targets: tuple[str, ...]) -> dict[str, int]:
-    return {module: 3 * index + 1 for index, module in enumerate(targets)}
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -29,7 +29,7 @@ from rankfit.tasks.adapted import train_only
 from rankfit.tasks.quantized import quantization
 
 from .architectures import architecture_spec, deep_spec
-from .small import device, recorded_peak
+from .small import device, recorded_peak, uneven
 
 TRACES = TraceCache()
 KINDS = ("nf4", "nf4-single", "int8")
@@ -39,10 +39,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "autocast": {"autocast": "bf16"},
     "fp16": {"precision": "fp16"},
 }
-
-
-def uneven(targets: tuple[str, ...]) -> dict[str, int]:
-    return {module: 3 * index + 1 for index, module in enumerate(targets)}
 
 
 def quantised(spec: StepSpec, folder: Path) -> nn.Module:

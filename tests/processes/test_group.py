@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from tests.client.workers import (
     evaluate,
     gone,
     log_text,
-    node,
     process_of,
     runs,
     settings,
@@ -38,19 +36,6 @@ pytestmark = pytest.mark.processes
 
 #: The second client's last batch has one sample, for one process.
 UNEVEN = ("train.batch-size=32", "train.epochs=2")
-
-
-@pytest.fixture
-def device(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Node]:
-    runtime = tmp_path_factory.getbasetemp() / "g"  # short: a socket's path has 108 bytes
-    runtime.mkdir(mode=0o700, exist_ok=True)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path_factory.mktemp("home")))
-    with node() as started:
-        yield started
-    assert places() == []
 
 
 def of_two(device: Node, *overrides: str) -> Order:

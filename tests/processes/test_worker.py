@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from tests.client.workers import (
     evaluate,
     gone,
     log_text,
-    node,
     process_of,
     runs,
     settings,
@@ -37,24 +35,9 @@ from tests.client.workers import (
     wait_for,
 )
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("own_folders")]
 
 LONG = "train.epochs=500"
-
-
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    runtime = tmp_path_factory.getbasetemp() / "r"  # short: a socket's path has 108 bytes
-    runtime.mkdir(mode=0o700, exist_ok=True)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path_factory.mktemp("home")))
-
-
-@pytest.fixture
-def device(own_folders: None) -> Iterator[Node]:
-    with node() as started:
-        yield started
-    assert places() == []
 
 
 def listening(device: Node, *overrides: str) -> Path:
