@@ -1,11 +1,17 @@
 """Merges in product space: the exact mean of the products, or of what clients changed in them."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from rankfit.adapters.merge import Merge, Update
-from rankfit.adapters.product import ProductSum, refactor
+from rankfit.adapters.product import START_ROW_NORM, ProductSum, refactor
 from rankfit.adapters.state import Adapter, Factors
+
+#: Strength ‖b‖·‖a‖ from which the row of a direction is damped: that of a direction whose factors
+#: are both as long as a fresh row.
+STRONG = START_ROW_NORM**2
 
 
 class MeanProduct(Merge):
@@ -41,7 +47,7 @@ class MeanProduct(Merge):
 
 
 class MeanChange(MeanProduct):
-    """RankFit: ΔW + Σ w·s·(B·A − B⁰·A⁰), exactly, then its best rank-R approximation.
+    """ΔW + Σ w·s·(B·A − B⁰·A⁰), exactly, then its best rank-R approximation.
 
     B⁰·A⁰ is what the client was given. Only what clients changed is merged, so a direction that a
     low-rank client was never given stays as it is instead of being pulled to zero.
@@ -66,6 +72,26 @@ class MeanChange(MeanProduct):
         self._sum(module).add(own, self.total * self.reference.scale)
         self._sum(module).add(self._given[module].product(), 1.0)
         return super()._finish_module(module)
+
+
+class DampedChange(MeanChange):
+    """RankFit: the mean change, with the rows of strong directions turned less than clients ask.
+
+    A row that turns by δ changes the product by σ·δ, σ = ‖b‖·‖a‖. How far a client turns it is a
+    matter of its learning rate and steps (Adam's are of one size), not of σ: the drift of a few
+    clients moves the strongest directions most. A turn counts min(1, ``STRONG``/σ) times, so that
+    it never changes the product more than that of a direction of strength ``STRONG``.
+    """
+
+    def _add_factors(self, update: Update) -> None:
+        factors = {}
+        for module, own in update.trained.factors.items():
+            given = update.given.factors[module]
+            strength = given.b.norm(dim=0) * given.a.norm(dim=1)  # (r,)
+            counts = (STRONG / strength).clamp(max=1.0)  # ∞, so 1, for a direction of no strength
+            factors[module] = Factors(own.b, given.a.lerp(own.a, counts[:, None]))
+        trained = replace(update.trained, factors=factors)
+        super()._add_factors(replace(update, trained=trained))
 
 
 class Given:

@@ -137,6 +137,21 @@ class Adapter:
         }
         return Adapter(factors, self.scale)
 
+    def with_row_norm(self, norm: float) -> "Adapter":
+        """The same products, from rows of A of one norm; B carries the strength of each direction.
+
+        Parameters
+        ----------
+        norm : float
+            Euclidean norm of every row of A; rows of zeros stay.
+        """
+        factors = {}
+        for module, own in self.factors.items():
+            norms = own.a.norm(dim=1)  # (r,)
+            ratio = torch.where(norms > 0, norm / norms, torch.ones_like(norms))
+            factors[module] = Factors(own.b / ratio, own.a * ratio[:, None])
+        return Adapter(factors, self.scale, dict(self.head))
+
     def parameters(self) -> int:
         """Number of values, head included."""
         return sum(tensor.numel() for tensor in self.state_dict().values())

@@ -121,6 +121,7 @@ class HeterogeneousLora(Strategy):
         if where == "server" and self.method.allocate.scored(server_round, self.settings):
             self.planner.scores = dict(self._scorer(adapter, server_round))
         self.prepare(grid, server_round)
+        adapter = self.method.split(adapter)
         clients = self._selection.draw(grid, server_round)
         diagnosis = Diagnosis(adapter) if self.settings.server.diagnostics else None
         addressed = [(c, self.fleet.devices[c].node_id, self.plans[c]) for c in clients]

@@ -37,6 +37,9 @@ class Method:
         What each client is given: by default the first directions of the global adapter.
     extras : tuple[Extra, ...]
         What a client does beside plain training.
+    row_norm : float or None
+        Norm that every row of A has when a round begins; B carries the strength of a direction
+        (None = the split that the merge gave).
     form : {"lora", "kronecker"}
         The form of adapter that it merges; ``lora.form`` must be that.
     parts : Mapping[str, Callable[[Method], Method]]
@@ -51,8 +54,16 @@ class Method:
     merge: MergeFactory
     start: Start = field(default_factory=Leading)
     extras: tuple[Extra, ...] = ()
+    row_norm: float | None = None
     form: Form = "lora"
     parts: Mapping[str, "Callable[[Method], Method]"] = field(default_factory=dict)
+
+    def split(self, adapter: Adapter) -> Adapter:
+        """The global adapter as a round begins with it: the same products, in this method's split.
+
+        The products decide what a model computes, the split how fast each factor learns.
+        """
+        return adapter if self.row_norm is None else adapter.with_row_norm(self.row_norm)
 
 
 def configured(method: Method, settings: RunSettings) -> Method:

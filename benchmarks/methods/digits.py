@@ -47,7 +47,10 @@ NEEDS = {"lokr": "lokr+lora.form=kronecker"}
 #: The methods that the slower comparisons are between.
 LEADING = ("fedit", "flexlora", "fslora", "hetlora", "hralora", "rankfit")
 #: Rows beside the catalogue, in one setting.
-ABLATIONS = ("rankfit+method.without=tail", "alternating+method.tail=true")
+ABLATIONS = (
+    "rankfit+method.without=tail", "rankfit+method.without=unit-rows",
+    "rankfit+method.without=damping", "alternating+method.tail=true",
+)  # fmt: skip
 
 
 def digits_grid(data: Path) -> Grid:

@@ -143,6 +143,7 @@ def federate(
     base = Plan({LAYER: RANK}, "both", 1, 1, False, 0, 0, "cap")
     for number in range(1, ROUNDS + 1):
         stage = method.schedule(number, settings)
+        adapter = method.split(adapter)
         merge = method.merge(adapter, number)
         for client in sorted(draw.choice(CLIENTS, PER_ROUND, replace=False).tolist()):
             rank = min(RANKS) if one_rank else RANKS[client % len(RANKS)]

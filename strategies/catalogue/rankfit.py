@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rankfit.adapters.mean_product import MeanChange
+from rankfit.adapters.mean_product import DampedChange, MeanChange
 from rankfit.strategies.allocation import OwnRank
 from rankfit.strategies.method import Method
 from rankfit.strategies.schedule import both
@@ -14,7 +14,12 @@ METHOD = Method(
     source="RankFit (this project); docs/methods.md",
     allocate=OwnRank(),
     schedule=both,
-    merge=MeanChange,
+    merge=DampedChange,
     start=LeadingWithTail(),
-    parts={"tail": lambda method: replace(method, start=Leading())},
+    row_norm=1.0,
+    parts={
+        "tail": lambda method: replace(method, start=Leading()),
+        "unit-rows": lambda method: replace(method, row_norm=None),
+        "damping": lambda method: replace(method, merge=MeanChange),
+    },
 )

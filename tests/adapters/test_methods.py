@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankfit.adapters.folding import AverageAndResidual, Stacked, compact, fold, join
-from rankfit.adapters.mean_product import MeanChange, MeanProduct
+from rankfit.adapters.mean_product import STRONG, DampedChange, MeanChange, MeanProduct
 from rankfit.adapters.merge import (
     AverageFactors,
     Merge,
@@ -291,9 +291,42 @@ def test_refactorisation_never_kills_a_direction() -> None:
     assert bool((merged.a.norm(dim=1) > 0.1).all())
 
 
+@pytest.mark.parametrize("shrink", [1.0, 0.05])
+def test_turns_of_strong_rows_are_damped(shrink: float) -> None:
+    """ΔW + Σ w·s·(B·A* − B⁰·A⁰), row i of A* = a⁰ + min(1, STRONG/‖b⁰‖‖a⁰‖)·(a − a⁰)."""
+    whole, updates = federation()
+    own = whole.factors[M]
+    reference = Adapter({M: Factors(own.b * shrink, own.a)}, SCALE)
+    updates = [
+        Update(reference.cut(u.given.ranks), u.trained, u.weight, u.indices) for u in updates
+    ]
+    total = dense(reference).clone()
+    for update in updates:
+        weight = update.weight / sum(u.weight for u in updates)
+        before, after = update.given.factors[M], update.trained.factors[M]
+        for i in range(before.rank):
+            b, a = before.b[:, i].double(), before.a[i].double()
+            counts = min(1.0, STRONG / float(b.norm() * a.norm()))
+            turned = a + counts * (after.a[i].double() - a)
+            total += weight * SCALE * torch.outer(after.b[:, i].double(), turned)
+            total -= weight * SCALE * torch.outer(b, a)
+    merged = run(DampedChange, reference, updates).finish()
+    assert close(dense(merged), best(total, R))
+
+
+def test_weak_rows_turn_as_far_as_clients_ask() -> None:
+    """B = 0 at the start of training: nothing is damped, and nothing is divided by zero."""
+    reference, updates = federation()
+    own = reference.factors[M]
+    start = Adapter({M: Factors(torch.zeros_like(own.b), own.a)}, SCALE)
+    updates = [Update(start.cut(u.given.ranks), u.trained, u.weight) for u in updates]
+    damped, plain = (run(kind, start, updates).finish() for kind in (DampedChange, MeanChange))
+    assert torch.equal(dense(damped), dense(plain))
+
+
 ALL = [
-    AverageFactors, ZeroPadded, MeanProduct, MeanChange, PaddedChange, OwnersMean, OwnersProduct,
-    Stacked, AverageAndResidual, partial(Refactored, inner=OwnersMean),
+    AverageFactors, ZeroPadded, MeanProduct, MeanChange, DampedChange, PaddedChange, OwnersMean,
+    OwnersProduct, Stacked, AverageAndResidual, partial(Refactored, inner=OwnersMean),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rankfit.adapters.state import Adapter, Factors
 from rankfit.estimator.plan import Plan
+from rankfit.strategies.catalogue import find
 from rankfit.strategies.start import Drawn, Leading, LeadingOnFolded
 
 R, SCALE = 6, 2.0
@@ -30,6 +31,21 @@ def plan(rank: int, tail: int = 0) -> Plan:
 def dense(value: Adapter, module: str) -> Tensor:
     own = value.factors[module]
     return value.scale * own.b.double() @ own.a.double()
+
+
+def test_a_method_with_a_row_norm_begins_its_rounds_with_rows_of_it() -> None:
+    """The products stay, also those of fresh rows (B = 0) and of rows of zeros."""
+    whole = adapter()
+    own = whole.factors[MODULES[0]]
+    own.b[:, 1], own.a[2] = 0.0, 0.0
+    found = find("rankfit").split(whole)
+    for module in MODULES:
+        before, after = dense(whole, module), dense(found, module)
+        assert torch.allclose(before, after, rtol=1e-6, atol=1e-6)
+    norms = found.factors[MODULES[0]].a.norm(dim=1)
+    assert torch.allclose(norms, torch.tensor([1.0, 1, 0, 1, 1, 1]))
+    assert found.head is not whole.head and torch.equal(found.head["head.bias"], torch.ones(3))
+    assert find("flexlora").split(whole) is whole
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 6])
