@@ -24,14 +24,14 @@ def export(
     ] = None,
 ) -> None:
     """Write the adapter in PEFT's format, or the merged model, with a card."""
-    from rankfit.client.heads import HeadStore
+    from rankfit.client.store import ClientStore
     from rankfit.server.export import export as write
     from rankfit.server.saved import SavedRun
 
     saved = SavedRun.open(run, number)
     own = None
     if client is not None:
-        head = HeadStore.of(saved.settings, client, None).load(saved.round + 1)
+        head = ClientStore.of(saved.settings, "heads", client, None).load(saved.round + 1)
         if saved.settings.head.mode != "local" or head is None:
             raise ConfigError(f"--client {client}: {saved.path} keeps no head of that partition")
         own = replace(saved.adapter, head=head)

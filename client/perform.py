@@ -46,6 +46,7 @@ def _train(workspace: Workspace, request: Request) -> Answer:
         samples=workspace.samples(request.partition, request.partitions),
         cap_bytes=request.cap_bytes,
         own_head=workspace.head_store(request.partition),
+        moments=workspace.moment_store(request.partition),
     )
     trained = trainer.train(workspace, job)
     settings = workspace.settings

@@ -19,9 +19,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rankfit.adapters.state import Adapter
-from rankfit.client.heads import HeadStore
 from rankfit.client.losses import Loss, plain, prior_adjusted
 from rankfit.client.meters import meter_of
+from rankfit.client.moments import kept_moments, recall
 from rankfit.client.penalties import (
     Penalty,
     Proximal,
@@ -30,6 +30,7 @@ from rankfit.client.penalties import (
     cut_state,
     pruned_rank,
 )
+from rankfit.client.store import ClientStore
 from rankfit.client.workspace import Workspace
 from rankfit.configs.rates import learning_rate
 from rankfit.configs.seeds import derive
@@ -71,8 +72,10 @@ class Job:
         Indices into the training split.
     cap_bytes : int or None
         Memory that the process must not exceed: a declared budget is enforced (None = none is).
-    own_head : HeadStore or None
+    own_head : ClientStore or None
         Where the client keeps a head of its own.
+    moments : ClientStore or None
+        Where it keeps second moments from round to round.
     """
 
     client: str
@@ -81,7 +84,8 @@ class Job:
     adapter: Adapter
     samples: NDArray[np.int64]
     cap_bytes: int | None
-    own_head: HeadStore | None = None
+    own_head: ClientStore | None = None
+    moments: ClientStore | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ def _attempt(
         decay = _rank_decay(settings, plan, parameters)
         penalties = [*_proximal(settings, given, parameters), *decay]
         with checkpointing(base, plan.checkpointing):
-            metrics = _fit(workspace, job, plan, model, penalties)
+            metrics = _fit(workspace, job, plan, model, parameters, penalties)
         trained = {n: t.detach().cpu().clone() for n, t in read_state(model).items()}
         state = {n: t for n, t in trained.items() if n in travels}
         if job.own_head is not None and workspace.group.leads:
@@ -272,7 +276,12 @@ def _loss(workspace: Workspace, job: Job) -> Loss:
 
 
 def _fit(
-    workspace: Workspace, job: Job, plan: Plan, model: PeftModel, penalties: Sequence[Penalty]
+    workspace: Workspace,
+    job: Job,
+    plan: Plan,
+    model: PeftModel,
+    parameters: Mapping[str, nn.Parameter],
+    penalties: Sequence[Penalty],
 ) -> dict[str, int | float]:
     """Run the optimizer steps of one round; the gradient of a step is the mean over its batch."""
     settings, group = workspace.settings, workspace.group
@@ -281,7 +290,10 @@ def _fit(
     rate, loss_of = learning_rate(settings, job.round), _loss(workspace, job)
     # evaluation_mode: the group adds up the gradients, not DistributedDataParallel.
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(settings, trained, rate))
+    own_optimizer = make_optimizer(settings, trained, rate)
+    before = (job.moments and job.moments.load(job.round)) or {}
+    recall(own_optimizer, parameters, before)
+    optimizer = accelerator.prepare_optimizer(own_optimizer)
     model.train()
     called = model
     if settings.train.compile:
@@ -315,11 +327,13 @@ def _fit(
             if settings.train.max_grad_norm:
                 accelerator.clip_grad_norm_(trained, settings.train.max_grad_norm)
             scaler.step(optimizer)
-            before = scaler.get_scale()
+            scaled_by = scaler.get_scale()
             scaler.update()
-            skipped += int(scaler.get_scale() < before)
+            skipped += int(scaler.get_scale() < scaled_by)
             optimizer.zero_grad(set_to_none=True)
         seen, steps = seen + total, steps + 1
+    if job.moments and group.leads:
+        job.moments.save(job.round, {**before, **kept_moments(own_optimizer, parameters)})
     (loss_sum,) = group.agree(loss_sum)
     peak = group.largest(meter.peak())
     group.part()

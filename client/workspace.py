@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from rankfit.client.group import Group
-from rankfit.client.heads import HeadStore
+from rankfit.client.store import ClientStore
 from rankfit.configs.learning import QUANTIZED
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.catalogue import load_task
@@ -122,11 +122,17 @@ class Workspace:
         local = self.settings.head.mode == "local"
         return whole_modules(self._load(self._own), self.settings.head) if local else ()
 
-    def head_store(self, partition_id: int | None) -> HeadStore | None:
+    def head_store(self, partition_id: int | None) -> ClientStore | None:
         """Where a client's own heads are; None where it has none."""
         if self.settings.head.mode != "local":
             return None
-        return HeadStore.of(self.settings, partition_id, self.data_path)
+        return ClientStore.of(self.settings, "heads", partition_id, self.data_path)
+
+    def moment_store(self, partition_id: int | None) -> ClientStore | None:
+        """Where a client's moments are; None where each round begins with new ones."""
+        if self.settings.train.moments == "reset":
+            return None
+        return ClientStore.of(self.settings, "moments", partition_id, self.data_path)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -191,6 +191,8 @@ class Train(Table):
     optimizer: Optimizer = "adamw"
     #: Of ``sgd``.
     momentum: Share = 0.0
+    #: ``kept``: a client keeps AdamW's second moments from round to round, on its own disk.
+    moments: Literal["reset", "kept"] = "reset"
     gradient_checkpointing: bool = False
     #: Intra-op CPU threads per client process.
     threads: PositiveInt = 1

@@ -50,6 +50,7 @@ LEADING = ("fedit", "flexlora", "fslora", "hetlora", "hralora", "rankfit")
 ABLATIONS = (
     "rankfit+method.without=tail", "rankfit+method.without=unit-rows",
     "rankfit+method.without=damping", "alternating+method.tail=true",
+    "rankfit+train.moments=kept", "flora+train.moments=kept", "ffa-lora+train.moments=kept",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from rankfit.adapters import names
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import decode, encode_update
 from rankfit.client.app import app as client_app
+from rankfit.client.moments import kept_moments, recall
 from rankfit.client.penalties import Penalty, Proximal, RankDecay, add_all, cut_state, pruned_rank
 from rankfit.client.workspace import Workspace
 from rankfit.configs.rates import learning_rate
@@ -186,6 +187,10 @@ class SideBySide:
         rate = learning_rate(self._settings, number)
         decay = self._settings.train.weight_decay
         optimizer = torch.optim.AdamW(every, lr=rate, weight_decay=decay, fused=True)
+        stores = [self._space.moment_store(place) for place in places]
+        kept = [(store and store.load(number)) or {} for store in stores]
+        for member, known in zip(members, kept, strict=True):
+            recall(optimizer, member.moving(), known)
         self._space.base.train()
         losses = torch.zeros(len(members))
         for rows in zip(*(member.batches for member in members), strict=True):
@@ -196,6 +201,9 @@ class SideBySide:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses += loss.detach()
+        for member, store, known in zip(members, stores, kept, strict=True):
+            if store:
+                store.save(number, {**known, **kept_moments(optimizer, member.moving())})
         return [
             self._reply(member, terms, number, rate, float(loss))
             for member, terms, loss in zip(members, penalties, losses, strict=True)

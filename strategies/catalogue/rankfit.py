@@ -1,4 +1,7 @@
-"""Product-space changes merged exactly; clients see what they cannot train."""
+"""Product-space changes merged exactly; clients see what they cannot train.
+
+Why rows have one norm and turns of strong ones are damped, with figures: docs/methods.md.
+"""
 
 from dataclasses import replace
 

@@ -27,6 +27,7 @@ SMALL = (
     "method",
     [
         ("method.name=rankfit",),  # a tail
+        ("method.name=flexlora", "train.moments=kept"),
         ("method.name=fslora",),  # a scale for each client
         ("method.name=hetlora", "method.prune-weight=0.3"),
         ("method.name=lokr", "lora.form=kronecker"),

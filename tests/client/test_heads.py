@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rankfit.client.heads import HeadStore
+from rankfit.client.store import ClientStore
 from rankfit.configs.compose import compose
 from rankfit.server.rundir import WEIGHTS
 from rankfit.tasks.models import ModelError, inject, load_base, shared_heads, whole_modules
@@ -61,7 +61,7 @@ def test_a_resumed_run_goes_on_from_the_heads_of_its_checkpoint(
 ) -> None:
     run(settings_for(tmp_path, "cut", *PERSONAL, "run.rounds=1"))
     # As if a second round had been under way when the run was stopped.
-    store = HeadStore(tmp_path / "cut" / "heads" / "partition-0")
+    store = ClientStore(tmp_path / "cut" / "heads" / "partition-0")
     store.save(2, {name: tensor + 1 for name, tensor in store.load(2).items()})
     cut = run(settings_for(tmp_path, "cut", *PERSONAL, "run.resume=true"))
     assert heads(whole).keys() == heads(cut).keys()
@@ -72,7 +72,7 @@ def test_a_resumed_run_goes_on_from_the_heads_of_its_checkpoint(
 
 
 def test_a_store_gives_the_newest_head_below_a_round(tmp_path: Path) -> None:
-    store = HeadStore(tmp_path / "one")
+    store = ClientStore(tmp_path / "one")
     assert store.load(9) is None
     for number in (1, 2, 4, 7):
         store.save(number, {"w": torch.full((2,), float(number))})
@@ -87,16 +87,16 @@ def test_a_store_gives_the_newest_head_below_a_round(tmp_path: Path) -> None:
 def test_clients_never_share_a_store(tmp_path: Path) -> None:
     settings = compose([f"run.directory={tmp_path}", "run.name=r", *PERSONAL[:2]])
     stores = [
-        HeadStore.of(settings, 0, None),
-        HeadStore.of(settings, 1, None),
-        HeadStore.of(settings, None, "/data/one"),
-        HeadStore.of(settings, None, "/data/two"),
-        HeadStore.of(settings, None, None),
+        ClientStore.of(settings, "heads", 0, None),
+        ClientStore.of(settings, "heads", 1, None),
+        ClientStore.of(settings, "heads", None, "/data/one"),
+        ClientStore.of(settings, "heads", None, "/data/two"),
+        ClientStore.of(settings, "heads", None, None),
     ]
     assert len({store.folder for store in stores}) == 5
     assert all(store.folder.parent == tmp_path / "r" / "heads" for store in stores)
     own = compose([f"head.directory={tmp_path / 'mine'}", *PERSONAL[:2]])
-    assert HeadStore.of(own, 2, None).folder == tmp_path / "mine" / "partition-2"
+    assert ClientStore.of(own, "heads", 2, None).folder == tmp_path / "mine" / "partition-2"
 
 
 def test_other_modules_than_the_classifier_may_be_trained_whole() -> None:

@@ -1,6 +1,6 @@
-"""The heads that a client keeps to itself, in files: they outlive messages, processes and stops.
+"""What a client keeps to itself, in files: it outlives messages, processes and stops.
 
-A head is kept by the round in which it was trained, so that a run which resumes goes on from what
+Tensors are kept by the round in which they were made, so that a run which resumes goes on from what
 the client had then.
 """
 
@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,22 +23,29 @@ _NAME = re.compile(r"round-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
-class HeadStore:
-    """Heads of one client.
+class ClientStore:
+    """Tensors of one client and one kind: its heads, or its optimizer's moments.
 
     Parameters
     ----------
     folder : Path
-        Made when the first head is kept.
+        Made when the first tensors are kept.
     """
 
     folder: Path
 
     @classmethod
-    def of(cls, settings: RunSettings, partition: int | None, data_path: str | None) -> "HeadStore":
+    def of(
+        cls,
+        settings: RunSettings,
+        kind: Literal["heads", "moments"],
+        partition: int | None,
+        data_path: str | None,
+    ) -> "ClientStore":
         """The store of the client that holds a partition, or a folder of its own."""
-        root = Path(settings.head.directory or Path(settings.run.directory) / settings.run.name)
-        root = root.expanduser() / "heads" if not settings.head.directory else root.expanduser()
+        root = Path(settings.run.directory).expanduser() / settings.run.name / kind
+        if kind == "heads" and settings.head.directory:
+            root = Path(settings.head.directory).expanduser()
         name = "node" if partition is None else f"partition-{partition}"
         if data_path is not None:
             place = str(Path(data_path).expanduser().absolute())
@@ -45,15 +53,15 @@ class HeadStore:
         return cls(root / name)
 
     def load(self, before: int) -> dict[str, Tensor] | None:
-        """The newest head of a round below ``before``; None if there is none."""
+        """The newest tensors of a round below ``before``; None if there are none."""
         rounds = [number for number in self._rounds() if number < before]
         return load_file(self._file(max(rounds))) if rounds else None
 
-    def save(self, server_round: int, head: Mapping[str, Tensor]) -> None:
-        """Keep the head of a round; later ones belong to rounds that are trained anew."""
+    def save(self, server_round: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a round; later ones belong to rounds that are trained anew."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{server_round}.partial"
-        save_file({name: t.detach().cpu().contiguous() for name, t in head.items()}, partial)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
         os.replace(partial, self._file(server_round))
         rounds = self._rounds()
         earlier = [number for number in rounds if number <= server_round]
