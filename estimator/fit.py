@@ -15,7 +15,7 @@ from rankfit.estimator.plan import Plan
 from rankfit.estimator.profile import Profile
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.search import Step, steps
-from rankfit.estimator.spec import InputSpec, Kind, StepSpec, canonical, inputs_of
+from rankfit.estimator.spec import InputSpec, StepSpec, canonical, inputs_of
 from rankfit.estimator.trace import Ranks
 from rankfit.estimator.tracer import TraceCache
 from rankfit.estimator.verdict import (
@@ -109,7 +109,7 @@ class Estimator:
         *,
         phases: Sequence[Moves] = ("both",),
         traces: TraceCache | None = None,
-        kind: Kind | None = None,
+        kind: models.Kind | None = None,
     ) -> Self:
         """Build the estimator of a run; no weights are read.
 
@@ -120,7 +120,7 @@ class Estimator:
         inputs : sequence of InputSpec
             Batch of the task for one sample, labels included (see :func:`inputs_of`).
         kind : str, optional
-            Kind of model, where there is no task for it yet (default: the run's task).
+            models.Kind of model, where there is no task for it yet (default: the run's task).
 
         Raises
         ------
