@@ -191,7 +191,8 @@ class Train(Table):
     optimizer: Optimizer = "adamw"
     #: Of ``sgd``.
     momentum: Share = 0.0
-    #: ``kept``: a client keeps AdamW's second moments from round to round, on its own disk.
+    #: ``kept``: a client keeps AdamW's second moments from round to round (``moments`` in the run
+    #: directory on its machine).
     moments: Literal["reset", "kept"] = "reset"
     gradient_checkpointing: bool = False
     #: Intra-op CPU threads per client process.

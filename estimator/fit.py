@@ -120,7 +120,7 @@ class Estimator:
         inputs : sequence of InputSpec
             Batch of the task for one sample, labels included (see :func:`inputs_of`).
         kind : str, optional
-            models.Kind of model, where there is no task for it yet (default: the run's task).
+            Kind of model, where there is no task for it yet (default: the run's task).
 
         Raises
         ------

@@ -3,13 +3,14 @@
 ``python -m benchmarks.methods.cifar10 --data FOLDER --vit FOLDER --out FOLDER`` reads
 ``image/cifar10_train.parquet`` and ``cifar10_test.parquet`` under ``--data`` and the backbone that
 ``benchmarks/pretrain_vit.py`` wrote, and writes ``benchmarks/results/methods-cifar10.json``.
-Four classes, Dirichlet(0.3) over 12 clients, ranks 1, 2 and 8.
+Four classes, Dirichlet(0.3) over 12 clients, ranks 1, 2 and 8, eight seeds.
 """
 
 from pathlib import Path
 
 from benchmarks.methods import grid, side_by_side
 from benchmarks.methods.digits import LEADING, MIXES, RATES, SHARED, SPLITS
+from benchmarks.methods.digits_closer import SEEDS
 from benchmarks.methods.grid import Grid, Setting
 from benchmarks.tasks import held_out
 
@@ -28,6 +29,7 @@ def cifar10_grid(data: Path, vit: Path) -> Grid:
         validation={"cifar10": Setting("cifar10-validation", (*parts, "data.test="))},
         rates=RATES,
         runner=side_by_side.run,
+        seeds=SEEDS,
     )
 
 

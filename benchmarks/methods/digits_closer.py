@@ -9,9 +9,11 @@ themselves uncertain by half, too much to tell neighbours apart.
 from dataclasses import replace
 
 from benchmarks.methods import grid
-from benchmarks.methods.digits import digits_grid, write_pictures
+from benchmarks.methods.digits import NEEDS, digits_grid, write_pictures
 
-METHODS = ("fedex-lora", "fedit", "ffa-lora", "flora", "hetlora", "hralora", "rankfit")
+METHODS = (
+    "fedex-lora", "fedit", "ffa-lora", "flora", "hetlora", "hralora", NEEDS["lokr"], "rankfit",
+)  # fmt: skip
 SEEDS = tuple(range(8))
 
 
@@ -22,7 +24,7 @@ def main() -> None:
     if not asked.table:
         write_pictures(data)
     whole = digits_grid(data)
-    columns = tuple(s for s in whole.settings if s.name.startswith("shuffled/dirichlet"))
+    columns = tuple(s for s in whole.settings if "/dirichlet" in s.name)
     closer = replace(
         whole, name="digits-closer", methods=METHODS, settings=columns, seeds=SEEDS, more={}
     )

@@ -3,7 +3,8 @@
 Shared by the comparisons of this folder. Every run is a run directory that is kept when done and
 resumed where it was cut, so a grid can be stopped at any moment. Each run gives two rows of
 figures: without drift controls, and with a moving average of the global adapter and head, which
-changes nothing in the training and is evaluated beside it.
+changes nothing in the training and is evaluated beside it. A method has a rate of its own for each
+row: what is averaged can be trained faster.
 """
 
 import argparse
@@ -89,14 +90,14 @@ class Grid:
             task = setting.name.split("/")[0]
             for method in (*self.methods, *self.more.get(setting.name, ())):
                 try:
-                    rate = self._rate(task, method, out)
-                    found = [self._one(setting, method, rate, seed, out) for seed in self.seeds]
+                    rates = self._rates(task, method, out)
+                    found = [self._row(setting, method, rates, s, out) for s in self.seeds]
                 except ConfigError as error:
                     log.warning("%s: %s cannot run: %s", setting.name, method, error)
                     told = str(error).replace(f"{out.resolve()}/", "")
                     self._note("refused", setting.name, method, told)
                     continue
-                self._note("results", setting.name, method, {"rate": rate, "runs": found})
+                self._note("results", setting.name, method, {"rates": rates, "runs": found})
         sys.stdout.write(table(self.known()))
 
     def known(self) -> dict[str, Any]:
@@ -104,14 +105,22 @@ class Grid:
         file = RESULTS / f"methods-{self.name}.json"
         return dict(json.loads(file.read_text())) if file.exists() else {}
 
-    def _rate(self, task: str, method: str, out: Path) -> float:
-        """The rate of the best mean of the last ten rounds on the validation split."""
+    def _rates(self, task: str, method: str, out: Path) -> dict[str, float]:
+        """By row the rate of the best mean of the last ten rounds on the validation split."""
         scores = {}
         for rate in self.rates:
             run = self._one(self.validation[task], method, rate, VALIDATION_SEED, out)
-            scores[rate] = run["plain"]["last"]
-        self._note("rates", task, method, {f"{rate:g}": score for rate, score in scores.items()})
-        return max(scores, key=lambda rate: scores[rate])
+            scores[rate] = {control: run[control]["last"] for control in CONTROLS}
+        self._note("rates", task, method, {f"{rate:g}": found for rate, found in scores.items()})
+        return {c: max(scores, key=lambda rate: scores[rate][c]) for c in CONTROLS}
+
+    def _row(
+        self, setting: Setting, method: str, rates: Mapping[str, float], seed: int, out: Path
+    ) -> dict[str, Any]:
+        """Figures of one seed, each control from the run at its own rate; bytes are plain's."""
+        runs = {rate: self._one(setting, method, rate, seed, out) for rate in set(rates.values())}
+        own = {control: runs[rate][control] for control, rate in rates.items()}
+        return runs[rates["plain"]] | own
 
     def _one(
         self, setting: Setting, method: str, rate: float, seed: int, out: Path
