@@ -32,7 +32,8 @@ def recall(
     parameters : Mapping[str, nn.Parameter]
         By the names that they are saved by.
     kept : Mapping[str, Tensor]
-        What :func:`kept_moments` gave; empty in the first round.
+        What :func:`kept_moments` gave; empty in the first round. On the CPU its second moments are
+        taken over, not copied: the estimate has no place for a second set.
     """
     for name, parameter in parameters.items():
         second = kept.get(name)
@@ -44,7 +45,7 @@ def recall(
         optimizer.state[parameter] = {
             _STEP: kept[_STEPS + name].to(place, copy=True),
             _FIRST: torch.zeros_like(parameter),
-            _SECOND: second.to(parameter, copy=True),
+            _SECOND: second.to(parameter),
         }
 
 
