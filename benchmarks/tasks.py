@@ -89,7 +89,7 @@ def commonsense(data: Path, work: Path) -> Case:
             "data.test=commonsense_test", "data.label-column=task", "data.max-length=192",
             "data.train-samples=1500", "data.test-samples=300", "lora.targets=all-linear",
             "lora.rank=8", "lora.alpha=16.0", "train.learning-rate=3e-3", "train.batch-size=16",
-            "run.rounds=8", "server.evaluate-every=4", "server.evaluate-batch-size=64",
+            "run.rounds=8", "server.evaluate-every=4",
             "fleet.upload-mbps=1.2, 2.4, 8", "plan.upload-seconds=0.5", *_TEN,
         ),
         "ARC-Easy, BoolQ and OpenBookQA, a Llama of random weights (likelihood of the choices)",

@@ -4,7 +4,6 @@ Runs without Flower. Out of memory is not an error here: the trainer frees what 
 micro-batch, then the rank, and trains again; the update says what it fell back to.
 """
 
-import gc
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from rankfit.estimator.plan import Plan
 from rankfit.tasks.adapted import (
     checkpointing,
     chunks,
+    free_cache,
     head_tensors,
     learnt,
     load_adapter,
@@ -120,7 +120,7 @@ def train(workspace: Workspace, job: Job) -> Trained:
             log.warning("client %s: %s; trying again smaller", job.client, error)
             plan, failures = smaller, failures + 1
         # The failed attempt's tensors hang on its traceback, which ends with the except clause.
-        _free()
+        free_cache()
     metrics["train-seconds"] = time.monotonic() - began
     if failures:
         metrics |= {"out-of-memory": failures, "micro-batch": plan.micro_batch}
@@ -388,9 +388,3 @@ def _batches(settings: RunSettings, job: Job) -> Iterator[list[int]]:
             if settings.train.steps and left == 0:
                 return
         epochs = 0 if settings.train.steps else epochs - 1
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -187,7 +187,8 @@ class Server(Table):
     #: Where the global adapter is evaluated.
     evaluate: Literal["server", "clients", "none"] = "server"
     evaluate_every: PositiveInt = 1
-    evaluate_batch_size: PositiveInt = 256
+    #: Halved where memory runs out.
+    evaluate_batch_size: PositiveInt = 64
     #: Refuse an update whose change is longer than this (Frobenius norm; 0 = no limit).
     max_update_norm: NonNegative = 0.0
     #: Clients of a round are drawn alike, or in proportion to their samples (and then count alike).

@@ -1,5 +1,6 @@
 """Between an adapter as a value and a PEFT model that holds one."""
 
+import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,6 +134,13 @@ def checkpointing(base: PreTrainedModel, wanted: bool) -> Iterator[None]:
             base.gradient_checkpointing_disable()
 
 
+def free_cache() -> None:
+    """Give back what an attempt that failed for memory has left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device
@@ -149,11 +157,13 @@ def predict(
     was_training = model.training
     model.eval()
     logits, labels = [], []
-    for batch in batches:
-        inputs = place(batch, model, device)
-        labels.append(inputs.pop("labels").cpu())
-        logits.append(model(**inputs).logits.float().cpu())
-    model.train(was_training)
+    try:
+        for batch in batches:
+            inputs = place(batch, model, device)
+            labels.append(inputs.pop("labels").cpu())
+            logits.append(model(**inputs).logits.float().cpu())
+    finally:
+        model.train(was_training)
     return torch.cat(logits), torch.cat(labels)
 
 

@@ -165,7 +165,7 @@ def log_likelihoods(
 ) -> list[float]:
     """Sum of log p over the second part's tokens, given the first, of each pair."""
     values = [0.0] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     for part in chunks(order, size):
         longest = max(len(pairs[i][0]) + len(pairs[i][1]) for i in part)
         tokens = torch.full((len(part), longest), int(pad))

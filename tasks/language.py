@@ -156,7 +156,7 @@ class LanguageTask(Task):
         """Records of a split."""
         return [as_passage(split.examples.inputs[row], self.settings) for row in rows]
 
-    def evaluate(
+    def _measure(
         self, model: nn.Module, split: Split, rows: Sequence[int], device: torch.device, size: int
     ) -> dict[str, float]:
         """Loss of the answers, and how many are right; see :mod:`rankfit.tasks.answers`."""

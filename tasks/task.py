@@ -1,5 +1,6 @@
 """What every task offers: the classes, the sets, batches, and how a result is scored."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankfit.configs.settings import RunSettings, split_list
-from rankfit.tasks.adapted import chunks, predict
+from rankfit.tasks.adapted import chunks, free_cache, predict
 from rankfit.tasks.data import Dataset, Examples, known_labels, read_data
 from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
+
+log = logging.getLogger(__name__)
 
 #: Indices of examples: a list, an array or a tensor on the CPU.
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
@@ -55,6 +58,10 @@ class Split(ABC):
         labels = self.examples.labels if targets is None else targets
         batch["labels"] = torch.from_numpy(labels[rows])  # (b,)
         return batch
+
+    def alike(self, rows: Sequence[int]) -> Sequence[int]:
+        """The same examples in an order in which neighbours are of like size."""
+        return rows
 
     @abstractmethod
     def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -104,8 +111,31 @@ class Task(ABC):
     def evaluate(
         self, model: nn.Module, split: Split, rows: Sequence[int], device: torch.device, size: int
     ) -> dict[str, float]:
-        """Measure a model on some examples of a split, ``size`` at a time."""
-        batches = (split.collate(part) for part in chunks(rows, size))
+        """Measure a model on some examples of a split, ``size`` at a time.
+
+        Where memory runs out, half as many are tried: the figures do not depend on the size.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If not even one example fits.
+        """
+        while True:
+            try:
+                return self._measure(model, split, rows, device, size)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise
+                size = (size + 1) // 2
+                log.warning("evaluation: %s; trying again with %d at a time", error, size)
+            # The failed attempt's tensors hang on its traceback, which ends with the except clause.
+            free_cache()
+
+    def _measure(
+        self, model: nn.Module, split: Split, rows: Sequence[int], device: torch.device, size: int
+    ) -> dict[str, float]:
+        """Figures of one attempt."""
+        batches = (split.collate(part) for part in chunks(split.alike(rows), size))
         return self.metrics(*predict(model, batches, device))
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -50,6 +50,14 @@ class TextSplit(Split):
         self._tokenizer = tokenizer
         self._max_length = max_length
 
+    def alike(self, rows: Sequence[int]) -> Sequence[int]:
+        """Longest first: a batch is as long as its longest text, the rest of it is padding."""
+        return sorted(rows, key=lambda row: -self._characters(row))
+
+    def _characters(self, row: int) -> int:
+        text = self.examples.inputs[row]
+        return sum(map(len, text)) if isinstance(text, tuple) else len(text)
+
     def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
         inputs = [self.examples.inputs[row] for row in rows]
         # A pair shares one sequence; the longer of the two is cut first.

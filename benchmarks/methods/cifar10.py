@@ -9,8 +9,15 @@ Four classes, Dirichlet(0.3) over 12 clients, ranks 1, 2 and 8, eight seeds.
 from pathlib import Path
 
 from benchmarks.methods import grid, side_by_side
-from benchmarks.methods.digits import LEADING, MIXES, RATES, SHARED, SPLITS
-from benchmarks.methods.digits_closer import SEEDS
+from benchmarks.methods.digits import (
+    EIGHT_SEEDS,
+    FINE_RATES,
+    LEADING,
+    MIXES,
+    SHARED,
+    SPLITS,
+    THREE_SPLITS,
+)
 from benchmarks.methods.grid import Grid, Setting
 from benchmarks.tasks import held_out
 
@@ -27,9 +34,10 @@ def cifar10_grid(data: Path, vit: Path) -> Grid:
         methods=LEADING,
         settings=(Setting("cifar10/dirichlet-0.3/1-2-8", parts),),
         validation={"cifar10": Setting("cifar10-validation", (*parts, "data.test="))},
-        rates=RATES,
+        rates=FINE_RATES,
         runner=side_by_side.run,
-        seeds=SEEDS,
+        seeds=EIGHT_SEEDS,
+        validation_seeds=THREE_SPLITS,
     )
 
 

@@ -42,6 +42,11 @@ MIXES = {
     "2-4-8": ('fleet.upload-mbps="5, 8, 20"',),
 }
 RATES = (0.003, 0.01, 0.03)
+#: Where neighbours in the table are to be told apart: a method whose best rate lies between two of
+#: the three would lose by that more than by its merge, and one validation split is one draw.
+FINE_RATES = (0.003, 0.0055, 0.01, 0.017, 0.03)
+EIGHT_SEEDS = tuple(range(8))
+THREE_SPLITS = (100, 101, 102)
 #: Rows that need a setting beside their name.
 NEEDS = {"lokr": "lokr+lora.form=kronecker"}
 #: The methods that the slower comparisons are between.

@@ -9,12 +9,18 @@ themselves uncertain by half, too much to tell neighbours apart.
 from dataclasses import replace
 
 from benchmarks.methods import grid
-from benchmarks.methods.digits import NEEDS, digits_grid, write_pictures
+from benchmarks.methods.digits import (
+    EIGHT_SEEDS,
+    FINE_RATES,
+    NEEDS,
+    THREE_SPLITS,
+    digits_grid,
+    write_pictures,
+)
 
 METHODS = (
     "fedex-lora", "fedit", "ffa-lora", "flora", "hetlora", "hralora", NEEDS["lokr"], "rankfit",
 )  # fmt: skip
-SEEDS = tuple(range(8))
 
 
 def main() -> None:
@@ -26,8 +32,9 @@ def main() -> None:
     whole = digits_grid(data)
     columns = tuple(s for s in whole.settings if "/dirichlet" in s.name)
     closer = replace(
-        whole, name="digits-closer", methods=METHODS, settings=columns, seeds=SEEDS, more={}
-    )
+        whole, name="digits-closer", methods=METHODS, settings=columns, rates=FINE_RATES,
+        seeds=EIGHT_SEEDS, validation_seeds=THREE_SPLITS, more={},
+    )  # fmt: skip
     grid.carry_out(closer, asked)
 
 

@@ -33,8 +33,6 @@ LAST = 10
 AVERAGED = ("server.average=0.8", "server.evaluate-unaveraged=true", "server.diagnostics=false")
 #: Row of the table → prefix of its figures.
 CONTROLS = {"plain": "unaveraged-", "average-0.8": ""}
-#: Seed of the validation split and of the runs on it; no seed of the comparison.
-VALIDATION_SEED = 100
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,10 @@ class Grid:
         Learning rates that each method has to choose from.
     runner : Callable
         Carries out one run.
+    seeds, validation_seeds : tuple of int
+        Of the comparison, and of the validation splits and the runs on them.
+    more : Mapping[str, tuple of str]
+        By setting's name further rows.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Grid:
     rates: tuple[float, ...]
     runner: Callable[[RunSettings], object]
     seeds: tuple[int, ...] = (0, 1, 2)
+    validation_seeds: tuple[int, ...] = (100,)
     more: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def carry_out(self, out: Path) -> None:
@@ -106,13 +109,14 @@ class Grid:
         return dict(json.loads(file.read_text())) if file.exists() else {}
 
     def _rates(self, task: str, method: str, out: Path) -> dict[str, float]:
-        """By row the rate of the best mean of the last ten rounds on the validation split."""
+        """By row the rate of the best mean of the last ten rounds over the validation splits."""
         scores = {}
         for rate in self.rates:
-            run = self._one(self.validation[task], method, rate, VALIDATION_SEED, out)
-            scores[rate] = {control: run[control]["last"] for control in CONTROLS}
+            setting = self.validation[task]
+            runs = [self._one(setting, method, rate, seed, out) for seed in self.validation_seeds]
+            scores[rate] = {control: [run[control]["last"] for run in runs] for control in CONTROLS}
         self._note("rates", task, method, {f"{rate:g}": found for rate, found in scores.items()})
-        return {c: max(scores, key=lambda rate: scores[rate][c]) for c in CONTROLS}
+        return {c: max(scores, key=lambda rate: sum(scores[rate][c])) for c in CONTROLS}
 
     def _row(
         self, setting: Setting, method: str, rates: Mapping[str, float], seed: int, out: Path

@@ -172,6 +172,32 @@ def test_text_is_padded_to_the_longest_and_cut(tmp_path):
     assert short["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
+def test_an_evaluation_that_runs_out_of_memory_goes_on_in_smaller_batches(tmp_path, caplog):
+    """Three texts at once are too much; the figures are those of any other batch size."""
+    task = load_task(text_settings(tmp_path, text_model(tmp_path / "m")))
+    base = load_base(task.settings, task.labels).eval()
+    rows, device = list(range(len(task.test))), torch.device("cpu")
+    sizes = []
+
+    def crowded(module, inputs, named):
+        sizes.append(tuple(named["input_ids"].shape))
+        if len(named["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    expected = task.evaluate(base, task.test, rows, device, 1)
+    base.register_forward_pre_hook(crowded, with_kwargs=True)
+    found = task.evaluate(base.train(), task.test, rows, device, 4)
+    assert found == pytest.approx(expected)
+    assert [size for size, _ in sizes] == [4, *[2] * (len(rows) // 2), *[1] * (len(rows) % 2)]
+    assert "trying again with 2 at a time" in caplog.text and base.training
+    lengths = [length for _, length in sizes]
+    assert lengths == sorted(lengths, reverse=True), "the longest first"
+
+    base.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        task.evaluate(base, task.test, rows, device, 2)
+
+
 @pytest.mark.parametrize("model_type", ["roberta", "distilbert"])
 def test_other_encoders(tmp_path, model_type):
     extra = {"dim": 32, "hidden_dim": 64, "n_heads": 2, "n_layers": 2}
