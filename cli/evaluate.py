@@ -78,7 +78,7 @@ def by_client(saved: "SavedRun") -> dict[str, dict[str, float]]:
         samples = space.test_samples(client, count)
         if not len(samples):
             continue
-        store = space.head_store(client)
+        store = space.head_store(client, saved.identity)
         head = store.load(saved.round + 1) if store else None
         figures = measure(space, saved.adapter, samples, head)
         found[f"partition-{client}"] = {**figures, "examples": len(samples)}

@@ -31,7 +31,8 @@ def export(
     saved = SavedRun.open(run, number)
     own = None
     if client is not None:
-        head = ClientStore.of(saved.settings, "heads", client, None).load(saved.round + 1)
+        store = ClientStore.of(saved.settings, "heads", client, None, saved.identity)
+        head = store.load(saved.round + 1)
         if saved.settings.head.mode != "local" or head is None:
             raise ConfigError(f"--client {client}: {saved.path} keeps no head of that partition")
         own = replace(saved.adapter, head=head)

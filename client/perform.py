@@ -38,6 +38,7 @@ def perform(workspace: Workspace, request: Request) -> Answer:
 
 
 def _train(workspace: Workspace, request: Request) -> Answer:
+    run = str(request.plan["run"])
     job = trainer.Job(
         client=str(request.plan["client"]),
         round=cast(int, request.plan["round"]),
@@ -45,8 +46,8 @@ def _train(workspace: Workspace, request: Request) -> Answer:
         adapter=_adapter(request),
         samples=workspace.samples(request.partition, request.partitions),
         cap_bytes=request.cap_bytes,
-        own_head=workspace.head_store(request.partition),
-        moments=workspace.moment_store(request.partition),
+        own_head=workspace.head_store(request.partition, run),
+        moments=workspace.moment_store(request.partition, run),
     )
     trained = trainer.train(workspace, job)
     settings = workspace.settings
@@ -60,7 +61,7 @@ def _train(workspace: Workspace, request: Request) -> Answer:
 
 def _evaluate(workspace: Workspace, request: Request) -> Answer:
     samples = workspace.test_samples(request.partition, request.partitions)
-    store = workspace.head_store(request.partition)
+    store = workspace.head_store(request.partition, str(request.plan["run"]))
     head = store.load(cast(int, request.plan["round"]) + 1) if store else None
     precision = str(request.plan["precision"])
     metrics = trainer.evaluate(workspace, _adapter(request), samples, head, precision)

@@ -1,7 +1,7 @@
 """What a client keeps to itself, in files: it outlives messages, processes and stops.
 
 Tensors are kept by the round in which they were made, so that a run which resumes goes on from what
-the client had then.
+the client had then; and with the run's identity, so that another run of the same name does not.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,9 +31,13 @@ class ClientStore:
     ----------
     folder : Path
         Made when the first tensors are kept.
+    run : str
+        Identity of the run: tensors of others are not seen, and go when new ones are kept (empty =
+        those of any run are seen).
     """
 
     folder: Path
+    run: str = ""
 
     @classmethod
     def of(
@@ -41,6 +46,7 @@ class ClientStore:
         kind: Literal["heads", "moments"],
         partition: int | None,
         data_path: str | None,
+        run: str = "",
     ) -> "ClientStore":
         """The store of the client that holds a partition, or a folder of its own."""
         root = Path(settings.run.directory).expanduser() / settings.run.name / kind
@@ -50,21 +56,22 @@ class ClientStore:
         if data_path is not None:
             place = str(Path(data_path).expanduser().absolute())
             name += "-" + hashlib.sha256(place.encode()).hexdigest()[:12]
-        return cls(root / name)
+        return cls(root / name, run)
 
     def load(self, before: int) -> dict[str, Tensor] | None:
         """The newest tensors of a round below ``before``; None if there are none."""
-        rounds = [number for number in self._rounds() if number < before]
+        rounds = [n for n in self._rounds() if n < before and self._own(n)]
         return load_file(self._file(max(rounds))) if rounds else None
 
     def save(self, server_round: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of a round; later ones belong to rounds that are trained anew."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{server_round}.partial"
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, partial, metadata={"run": self.run})
         os.replace(partial, self._file(server_round))
         rounds = self._rounds()
-        earlier = [number for number in rounds if number <= server_round]
+        earlier = [number for number in rounds if number <= server_round and self._own(number)]
         for number in rounds:
             if number not in earlier[-KEPT:]:
                 self._file(number).unlink(missing_ok=True)
@@ -74,6 +81,12 @@ class ClientStore:
             return []
         found = (_NAME.fullmatch(item.name) for item in self.folder.iterdir())
         return sorted(int(match.group(1)) for match in found if match)
+
+    def _own(self, server_round: int) -> bool:
+        if not self.run:
+            return True
+        with safe_open(self._file(server_round), "pt") as file:
+            return (file.metadata() or {}).get("run") == self.run
 
     def _file(self, server_round: int) -> Path:
         return self.folder / f"round-{server_round:05d}.safetensors"

@@ -122,17 +122,17 @@ class Workspace:
         local = self.settings.head.mode == "local"
         return whole_modules(self._load(self._own), self.settings.head) if local else ()
 
-    def head_store(self, partition_id: int | None) -> ClientStore | None:
-        """Where a client's own heads are; None where it has none."""
+    def head_store(self, partition_id: int | None, run: str) -> ClientStore | None:
+        """Where a client's own heads of a run are; None where it has none."""
         if self.settings.head.mode != "local":
             return None
-        return ClientStore.of(self.settings, "heads", partition_id, self.data_path)
+        return ClientStore.of(self.settings, "heads", partition_id, self.data_path, run)
 
-    def moment_store(self, partition_id: int | None) -> ClientStore | None:
-        """Where a client's moments are; None where each round begins with new ones."""
+    def moment_store(self, partition_id: int | None, run: str) -> ClientStore | None:
+        """Where a client's moments of a run are; None where each round begins with new ones."""
         if self.settings.train.moments == "reset":
             return None
-        return ClientStore.of(self.settings, "moments", partition_id, self.data_path)
+        return ClientStore.of(self.settings, "moments", partition_id, self.data_path, run)
 
     @cached_property
     def fingerprint(self) -> str:

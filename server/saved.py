@@ -34,12 +34,15 @@ class SavedRun:
         Of the checkpoint.
     adapter : Adapter
         What the checkpoint holds for use: the exported adapter.
+    identity : str
+        Of the run (empty before its first round, and in runs of older releases).
     """
 
     path: Path
     settings: RunSettings
     round: int
     adapter: Adapter
+    identity: str
 
     @classmethod
     def open(
@@ -75,7 +78,8 @@ class SavedRun:
             )
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         adapter = Adapter.from_state_dict(load_file(folder / WEIGHTS), state["scale"])
-        return cls(path, settings, state["round"], adapter)
+        identity = state["strategy"].get("identity", "")
+        return cls(path, settings, state["round"], adapter, identity)
 
     @cached_property
     def task(self) -> Task:

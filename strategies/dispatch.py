@@ -39,8 +39,8 @@ class Dispatch:
         The run.
     start : Start
         What each client is given.
-    fingerprint : str
-        Of the base model; a client with another base refuses.
+    fingerprint, identity : str
+        Of the base model, a client with another base refuses; and of the run.
     number : int
         The round.
     held : Mapping[int, Prints]
@@ -52,12 +52,14 @@ class Dispatch:
         settings: RunSettings,
         start: Start,
         fingerprint: str,
+        identity: str,
         number: int,
         held: Mapping[int, Prints],
     ) -> None:
         self._settings = settings
         self._start = start
         self._fingerprint = fingerprint
+        self._identity = identity
         self._number = number
         self._held = held
         self._parcels: dict[object, Parcel] = {}
@@ -142,7 +144,10 @@ class Dispatch:
         return Adapter.from_state_dict(state, adapter.scale)
 
     def _config(self, scale: float) -> dict[str, int | float | str]:
-        return {"round": self._number, "scale": scale, "fingerprint": self._fingerprint}
+        return {
+            "round": self._number, "scale": scale, "fingerprint": self._fingerprint,
+            "run": self._identity,
+        }  # fmt: skip
 
     def _message(self, content: RecordDict, node_id: int, kind: str) -> Message:
         ttl = self._settings.server.round_timeout_seconds

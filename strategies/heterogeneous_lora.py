@@ -6,6 +6,7 @@ and says what became of every client. Flower's own interface is the same three s
 """
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,6 +87,8 @@ class HeterogeneousLora(Strategy):
         self.method = method
         self.planner = planner
         self.fingerprint = fingerprint
+        #: Tells this run from others of its name; clients keep their files by it.
+        self.identity = secrets.token_hex(8)
         self.advance = Advance(settings, method.start.folds)
         #: Figures of the last closed round; see :class:`~rankfit.strategies.diagnosis.Diagnosis`.
         self.diagnostics: dict[str, float] = {}
@@ -187,7 +190,7 @@ class HeterogeneousLora(Strategy):
 
     def state(self) -> dict[str, Any]:
         """All that the next rounds depend on beside the adapter and :meth:`tensors`, for JSON."""
-        state = self.planner.state()
+        state = {**self.planner.state(), "identity": self.identity}
         if self.settings.server.sampling == "samples":
             state["samples"] = dict(self._selection.samples)
         return state
@@ -201,6 +204,8 @@ class HeterogeneousLora(Strategy):
     ) -> None:
         """Take over the state of an interrupted run."""
         self.planner.restore(state)
+        if server_round:  # before the first round nothing is known; an older release kept none
+            self.identity = state.get("identity", "")
         self._selection.samples = {c: float(n) for c, n in state.get("samples", {}).items()}
         self.advance.restore(tensors, server_round)
 
@@ -249,7 +254,9 @@ class HeterogeneousLora(Strategy):
 
     def _dispatch(self, server_round: int) -> Dispatch:
         start = self.method.start
-        return Dispatch(self.settings, start, self.fingerprint, server_round, self._held)
+        return Dispatch(
+            self.settings, start, self.fingerprint, self.identity, server_round, self._held
+        )
 
     def _judge(self, current: TrainingRound, assignment: Assignment, reply: Message) -> Outcome:
         if reply.has_error():

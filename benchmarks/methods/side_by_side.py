@@ -183,11 +183,12 @@ class SideBySide:
         members = [self._member(*pair) for pair in zip(incoming, places, strict=True)]
         penalties = [self._penalties(member) for member in members]
         every = [p for member in members for p in member.moving().values()]
-        number = cast(int, cast(ConfigRecord, incoming[0].content["plan"])["round"])
+        plan = cast(ConfigRecord, incoming[0].content["plan"])
+        number = cast(int, plan["round"])
         rate = learning_rate(self._settings, number)
         decay = self._settings.train.weight_decay
         optimizer = torch.optim.AdamW(every, lr=rate, weight_decay=decay, fused=True)
-        stores = [self._space.moment_store(place) for place in places]
+        stores = [self._space.moment_store(place, str(plan["run"])) for place in places]
         kept = [(store and store.load(number)) or {} for store in stores]
         for member, known in zip(members, kept, strict=True):
             recall(optimizer, member.moving(), known)

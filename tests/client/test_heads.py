@@ -84,6 +84,29 @@ def test_a_store_gives_the_newest_head_below_a_round(tmp_path: Path) -> None:
     ]
 
 
+def test_a_new_run_of_the_same_name_does_not_go_on_from_an_older_ones_heads(tmp_path: Path) -> None:
+    """On a node of its own nothing refuses the second run: its folder is the server's to check."""
+    older, newer = (ClientStore(tmp_path / "one", run) for run in ("a", "b"))
+    for number in (1, 3):
+        older.save(number, {"w": torch.full((2,), float(number))})
+    assert newer.load(9) is None and older.load(9)["w"][0] == 3
+    assert ClientStore(tmp_path / "one").load(9)["w"][0] == 3, "who does not say sees any"
+    newer.save(2, {"w": torch.zeros(2)})
+    assert [file.name for file in newer.folder.iterdir()] == ["round-00002.safetensors"]
+    assert older.load(9) is None
+
+
+def test_two_runs_that_share_a_nodes_folder_keep_apart(tmp_path: Path) -> None:
+    """Clients that wait for their first round in a run are measured without the last run's heads."""
+    some = (*PERSONAL, "simulation.clients=4", "server.clients-per-round=1", "server.min-clients=4")
+    shared = f"head.directory={tmp_path / 'node'}"
+    run(settings_for(tmp_path, "one", *some, shared, "server.clients-per-round=4"))
+    second = run(settings_for(tmp_path, "two", *some, shared))
+    alone = run(settings_for(tmp_path, "alone", *some))
+    for with_older, without in zip(lines(second), lines(alone), strict=True):
+        assert with_older.get("evaluation") == without.get("evaluation")
+
+
 def test_clients_never_share_a_store(tmp_path: Path) -> None:
     settings = compose([f"run.directory={tmp_path}", "run.name=r", *PERSONAL[:2]])
     stores = [

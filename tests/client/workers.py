@@ -72,14 +72,15 @@ def train(rank: int = 4, number: int = 1, partition: int = 0) -> Request:
     plan = Plan(dict.fromkeys(adapter.ranks, rank), "both", 32, 1, False, 0, 0, "cap")
     given = adapter.cut(plan.ranks)
     record = {"round": number, "scale": adapter.scale, "fingerprint": base}
-    record |= {"client": f"partition-{partition}"} | plan.to_dict()
+    record |= {"run": "one", "client": f"partition-{partition}"} | plan.to_dict()
     return Request("train", record, encode(given.state_dict(), "float32"), partition, 2)
 
 
 def evaluate(partition: int = 0) -> Request:
     """What the server sends to have the global adapter measured."""
     adapter, base = start()
-    record = {"round": 1, "scale": adapter.scale, "fingerprint": base, "precision": "fp32"}
+    record = {"round": 1, "scale": adapter.scale, "fingerprint": base, "run": "one"}
+    record |= {"precision": "fp32"}
     return Request("evaluate", record, encode(adapter.state_dict(), "float32"), partition, 2)
 
 

@@ -231,8 +231,12 @@ def test_what_was_learnt_from_out_of_memory_survives_a_resume(tmp_path: Path) ->
     folder = run(settings)
     checkpoint = RunDirectory(settings_for(tmp_path, "kept", "run.resume=true")).load()
     assert checkpoint is not None and checkpoint.round == 1
-    assert checkpoint.strategy == {"ceilings": {}}
+    assert checkpoint.strategy["ceilings"] == {} and len(checkpoint.strategy["identity"]) == 16
     assert (folder / "checkpoint").is_symlink()
+    again = settings_for(tmp_path, "kept", "run.rounds=2", "run.resume=true")
+    run(again)
+    later = RunDirectory(again).load()
+    assert later is not None and later.strategy == checkpoint.strategy, "one run, stopped or not"
 
 
 #: Ranks of the quickstart's three kinds of devices where they are not the plain 1, 2 and 8: one
