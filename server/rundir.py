@@ -181,7 +181,7 @@ class RunDirectory:
         # A setting that a newer release has added was at its default.
         saved = flatten(tomllib.loads(config.read_text(encoding="utf-8")))
         before = to_flat(RunSettings()) | saved
-        free = {"run.resume", "run.rounds", "run.directory"}
+        free = {"run.resume", "run.rounds", "run.directory", "server.evaluate-batch-size"}
         for key, value in to_flat(self.settings).items():
             if key not in free and before[key] != value:
                 raise ConfigError(

@@ -382,6 +382,9 @@ def test_a_run_of_an_older_release_is_resumed_at_the_defaults_of_what_is_new(
 
 
 def test_a_resumed_run_keeps_its_settings(plain: Path) -> None:
+    RunDirectory(
+        settings_for(plain.parent, "plain", "run.resume=true", "server.evaluate-batch-size=8")
+    )
     changed = settings_for(plain.parent, "plain", "run.resume=true", "lora.alpha=4.0")
     with pytest.raises(ConfigError, match="lora.alpha was 16.0, is 4.0"):
         FaultyGrid(changed, {})
