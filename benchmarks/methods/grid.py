@@ -140,6 +140,7 @@ class Grid:
     def _note(self, part: str, first: str, second: str, value: object) -> None:
         known = self.known() or {
             "seeds": list(self.seeds), "rates-to-choose-from": list(self.rates),
+            "validation-seeds": list(self.validation_seeds),
             "settings": {s.name: _told(s) for s in self.settings}, "results": {},
         }  # fmt: skip
         known |= machine("torch", "transformers", "peft", "flwr")

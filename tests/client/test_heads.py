@@ -97,7 +97,7 @@ def test_a_new_run_of_the_same_name_does_not_go_on_from_an_older_ones_heads(tmp_
 
 
 def test_two_runs_that_share_a_nodes_folder_keep_apart(tmp_path: Path) -> None:
-    """Clients that wait for their first round in a run are measured without the last run's heads."""
+    """A client that waits for its first round is measured without the head of the run before."""
     some = (*PERSONAL, "simulation.clients=4", "server.clients-per-round=1", "server.min-clients=4")
     shared = f"head.directory={tmp_path / 'node'}"
     run(settings_for(tmp_path, "one", *some, shared, "server.clients-per-round=4"))
