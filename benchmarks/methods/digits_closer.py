@@ -1,4 +1,4 @@
-"""The methods at the top of the digits comparison, with eight seeds in place of three.
+"""The methods at the top of the digits comparison, with eight seeds and a finer choice of rates.
 
 ``python -m benchmarks.methods.digits_closer --out FOLDER`` shares the runs of
 :mod:`benchmarks.methods.digits` in the same folder, and writes
