@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ _PROGRAM = (
 )
 #: What all processes do; the worker alone evaluates.
 _SHARED = ("prefetch", "train")
+#: A process that dies breaks the exchange of gradients at once; its end is read within this time.
+_NOTICE_SECONDS = 1.0
 
 
 class Crew:
@@ -71,6 +74,15 @@ class Crew:
         if request.kind in _SHARED:
             for each in self._sockets:
                 send_frame(each, request.header(), request.arrays, limit=self._limit)
+
+    @staticmethod
+    def settle() -> None:
+        """After a failure: wait until ``on_end`` would have been called, had a process died.
+
+        Both the broken exchange and the end itself are seen by this process, in either order; who
+        waits is told of the end, and not of the connection that it closed.
+        """
+        time.sleep(_NOTICE_SECONDS)
 
 
 def grouped(order: Order) -> "Workspace":

@@ -123,6 +123,8 @@ class Worker:
             answer = self._perform(request)
         except Exception as error:  # the worker outlives whatever a message does
             log.exception("%s: failed", what)
+            if self._crew is not None:
+                self._crew.settle()
             return {"error": type(error).__name__, "reason": str(error)}, Answer()
         log.info("%s: done in %.2f s", what, time.monotonic() - began)
         return {"metrics": dict(answer.metrics)}, answer
