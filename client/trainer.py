@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
+from rankfit.adapters.rates import Pace
 from rankfit.adapters.state import Adapter
 from rankfit.client.losses import Loss, plain, prior_adjusted
 from rankfit.client.meters import meter_of
@@ -290,7 +291,7 @@ def _fit(
     rate, loss_of = learning_rate(settings, job.round), _loss(workspace, job)
     # evaluation_mode: the group adds up the gradients, not DistributedDataParallel.
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    own_optimizer = make_optimizer(settings, trained, rate)
+    own_optimizer = make_optimizer(settings, plan, parameters, rate)
     before = (job.moments and job.moments.load(job.round)) or {}
     recall(own_optimizer, parameters, before)
     optimizer = accelerator.prepare_optimizer(own_optimizer)
@@ -367,13 +368,17 @@ def loss_scaler(
 
 
 def make_optimizer(
-    settings: RunSettings, trained: list[nn.Parameter], rate: float
+    settings: RunSettings, plan: Plan, parameters: Mapping[str, nn.Parameter], rate: float
 ) -> torch.optim.Optimizer:
     """Build the optimizer of the run over the trained parameters, at the round's learning rate."""
     train = settings.train
+    # Of Adam alone: what SGD moves depends on the gradient, what Adafactor moves on the row.
+    adam = train.optimizer.startswith("adamw")
+    pace = Pace(plan.rank_power, plan.row_step) if adam else Pace()
     return build_optimizer(
-        train.optimizer, trained, rate=rate, decay=train.weight_decay, momentum=train.momentum
-    )
+        train.optimizer, pace.groups(parameters.items(), rate), rate=rate,
+        decay=train.weight_decay, momentum=train.momentum,
+    )  # fmt: skip
 
 
 def _batches(settings: RunSettings, job: Job) -> Iterator[list[int]]:

@@ -56,6 +56,7 @@ def make_optimizer(spec: StepSpec, model: nn.Module) -> torch.optim.Optimizer:
             return StandIn(trained, _fused)
         if spec.optimizer == "adamw-8bit":
             return StandIn(trained, _EightBit())
+    # One group, where rates of a method may make several: foreach's temporaries are of a group.
     foreach = spec.accelerator == "cuda"
     return build_optimizer(
         spec.optimizer, list(trained.values()), rate=1e-3, momentum=spec.momentum, foreach=foreach

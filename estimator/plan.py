@@ -38,6 +38,9 @@ class Plan:
         What the client does beside plain training.
     precision : str
         Of the frozen base: fp32, bf16, fp16, int8 or nf4.
+    rank_power, row_step : float
+        How much slower than the head factors of rank r and rows of A learn, by Adam; 0 = not. See
+        :class:`rankfit.adapters.rates.Pace`.
     """
 
     ranks: Mapping[str, int]
@@ -51,6 +54,8 @@ class Plan:
     tail_rank: int = 0
     extras: tuple[Extra, ...] = ()
     precision: str = "fp32"
+    rank_power: float = 0.0
+    row_step: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -72,6 +77,8 @@ class Plan:
             "tail-rank": self.tail_rank,
             "extras": ",".join(self.extras),
             "precision": self.precision,
+            "rank-power": self.rank_power,
+            "row-step": self.row_step,
         }
 
     @classmethod
@@ -91,4 +98,7 @@ class Plan:
             tail_rank=record["tail-rank"],  # type: ignore[arg-type]
             extras=tuple(str(record["extras"]).split(",")) if record["extras"] else (),  # type: ignore[arg-type]
             precision=str(record["precision"]),
+            # Reports of runs of older releases have none.
+            rank_power=float(record.get("rank-power", 0.0)),  # type: ignore[arg-type]
+            row_step=float(record.get("row-step", 0.0)),  # type: ignore[arg-type]
         )

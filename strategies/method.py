@@ -40,6 +40,9 @@ class Method:
     row_norm : float or None
         Norm that every row of A has when a round begins; B carries the strength of a direction
         (None = the split that the merge gave).
+    rank_power, row_step : float
+        How much slower than the head factors of rank r and rows of A learn (0 = all at one rate);
+        see :mod:`rankfit.adapters.rates`.
     form : {"lora", "kronecker"}
         The form of adapter that it merges; ``lora.form`` must be that.
     parts : Mapping[str, Callable[[Method], Method]]
@@ -55,6 +58,8 @@ class Method:
     start: Start = field(default_factory=Leading)
     extras: tuple[Extra, ...] = ()
     row_norm: float | None = None
+    rank_power: float = 0.0
+    row_step: float = 0.0
     form: Form = "lora"
     parts: Mapping[str, "Callable[[Method], Method]"] = field(default_factory=dict)
 

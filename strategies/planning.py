@@ -92,11 +92,15 @@ class Planner:
         plans = self._spend(estimator, limited, fitted, max(1, server_round))
         if reports and not plans:
             raise self._nobody()
-        extras = self._extras(server_round)
-        self._last = {
-            client: self._steady(client, replace(plan, moves=stage.moves, extras=extras))
+        method, extras = self._method, self._extras(server_round)
+        stated = {
+            client: replace(
+                plan, moves=stage.moves, extras=extras,
+                rank_power=method.rank_power, row_step=method.row_step,
+            )
             for client, plan in plans.items()
-        }
+        }  # fmt: skip
+        self._last = {client: self._steady(client, plan) for client, plan in stated.items()}
         return dict(self._last)
 
     def _steady(self, client: str, plan: Plan) -> Plan:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from rankfit.configs.settings import ConfigError
 
 def build_optimizer(
     name: str,
-    trained: Sequence[nn.Parameter],
+    trained: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
     *,
     rate: float,
     decay: float = 0.0,
@@ -22,6 +23,8 @@ def build_optimizer(
 
     Parameters
     ----------
+    trained : sequence
+        Parameters, or groups of them with rates of their own, as torch's optimizers take them.
     name : {"adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"}
         ``adamw-8bit`` is bitsandbytes' (arXiv:2110.02861), ``adafactor`` arXiv:1804.04235.
     rate, decay : float

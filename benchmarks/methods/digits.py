@@ -54,7 +54,8 @@ LEADING = ("fedit", "flexlora", "fslora", "hetlora", "hralora", "rankfit")
 #: Rows beside the catalogue, in one setting.
 ABLATIONS = (
     "rankfit+method.without=tail", "rankfit+method.without=unit-rows",
-    "rankfit+method.without=damping", "alternating+method.tail=true",
+    "rankfit+method.without=damping", "rankfit+method.without=slow-rows",
+    "rankfit+method.without=rank-rates", "alternating+method.tail=true",
     "rankfit+train.moments=kept", "flora+train.moments=kept", "ffa-lora+train.moments=kept",
 )  # fmt: skip
 

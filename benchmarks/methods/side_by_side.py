@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from rankfit.adapters import names
+from rankfit.adapters.rates import Pace
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import decode, encode_update
 from rankfit.client.app import app as client_app
@@ -182,12 +183,13 @@ class SideBySide:
         """Train, and reply to each message in turn."""
         members = [self._member(*pair) for pair in zip(incoming, places, strict=True)]
         penalties = [self._penalties(member) for member in members]
-        every = [p for member in members for p in member.moving().values()]
         plan = cast(ConfigRecord, incoming[0].content["plan"])
         number = cast(int, plan["round"])
         rate = learning_rate(self._settings, number)
         decay = self._settings.train.weight_decay
-        optimizer = torch.optim.AdamW(every, lr=rate, weight_decay=decay, fused=True)
+        every = [pair for member in members for pair in member.moving().items()]
+        groups = Pace(members[0].plan.rank_power, members[0].plan.row_step).groups(every, rate)
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
         stores = [self._space.moment_store(place, str(plan["run"])) for place in places]
         kept = [(store and store.load(number)) or {} for store in stores]
         for member, known in zip(members, kept, strict=True):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rankfit.adapters.merge import Update
+from rankfit.adapters.rates import Pace
 from rankfit.adapters.state import Adapter, Factors, initial
 from rankfit.configs.settings import RunSettings, from_flat
 from rankfit.estimator.plan import Plan
@@ -36,7 +37,7 @@ RANKS = (2, 4, 16)
 #: Each singular value of the target is this share of the one before.
 DECAY = 0.66
 OWN_DIMENSIONS, OWN_ENERGY = 8, 0.5
-RATES = (0.001, 0.003, 0.01, 0.03)
+RATES = (0.001, 0.0017, 0.003, 0.0055, 0.01, 0.017, 0.03)
 SEEDS = (0, 1, 2)
 LAYER = "layer.0"
 SETTING = {
@@ -107,14 +108,16 @@ def error(adapter: Adapter, data: tuple[Tensor, Tensor]) -> float:
 
 
 def train(
-    given: Adapter, frozen: Adapter | None, moves: str, data: tuple[Tensor, Tensor], rate: float
-) -> Adapter:
+    given: Adapter, frozen: Adapter | None, moves: str, data: tuple[Tensor, Tensor],
+    rate: float, pace: Pace,
+) -> Adapter:  # fmt: skip
     """Ten full-batch AdamW steps of one client, gradients in closed form."""
     inputs, outputs = data
     if frozen is not None and LAYER in frozen.factors:
         rest = frozen.factors[LAYER]
         outputs = outputs - frozen.scale * (inputs @ rest.a.T) @ rest.b.T
     own = given.factors[LAYER]
+    rates = {"b": rate * pace.b(own.rank), "a": rate * pace.a(own.rank, WIDTH)}
     b, a, scale = own.b.clone(), own.a.clone(), given.scale
     state = [[torch.zeros_like(t), torch.zeros_like(t)] for t in (b, a)]
     for step in range(1, STEPS + 1):
@@ -129,7 +132,7 @@ def train(
             moments[0].mul_(0.9).add_(gradient, alpha=0.1)
             moments[1].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             first, second = moments[0] / (1 - 0.9**step), moments[1] / (1 - 0.999**step)
-            parameter.sub_(rate * first / (second.sqrt() + 1e-8))
+            parameter.sub_(rates[name] * first / (second.sqrt() + 1e-8))
     return Adapter({LAYER: Factors(b, a)}, scale)
 
 
@@ -140,6 +143,7 @@ def federate(
     adapter = initial({LAYER: (WIDTH, WIDTH)}, RANK, 1.0, {}, settings.run.seed)
     advance = Advance(settings, method.start.folds)
     draw = np.random.default_rng(settings.run.seed)
+    pace = Pace(method.rank_power, method.row_step)
     base = Plan({LAYER: RANK}, "both", 1, 1, False, 0, 0, "cap")
     for number in range(1, ROUNDS + 1):
         stage = method.schedule(number, settings)
@@ -149,7 +153,9 @@ def federate(
             rank = min(RANKS) if one_rank else RANKS[client % len(RANKS)]
             plan = replace(base, ranks={LAYER: rank}, tail_rank=RANK if tail else 0)
             share = method.start.share(adapter, advance.folded, plan, 1000 * number + client)
-            trained = train(share.given, share.frozen, stage.moves, world.clients[client], rate)
+            trained = train(
+                share.given, share.frozen, stage.moves, world.clients[client], rate, pace
+            )
             merge.add(Update(share.given, trained, float(SAMPLES), share.indices))
         adapter = advance(merge)
     return advance.exported(adapter)

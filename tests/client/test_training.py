@@ -1,6 +1,7 @@
 """Local training of language models, and the settings of the training step."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,15 @@ def start(space: Workspace) -> Adapter:
     return initial(shapes, 2, 1.0, {}, seed=1)
 
 
+def with_b(adapter: Adapter) -> Adapter:
+    """The same with a B that is not zero, so that A has a gradient."""
+    factors = {
+        module: replace(own, b=torch.full_like(own.b, 0.1))
+        for module, own in adapter.factors.items()
+    }
+    return replace(adapter, factors=factors)
+
+
 def trained(space: Workspace, micro_batch: int, checkpointing: bool = False):
     adapter = start(space)
     plan = Plan(
@@ -101,6 +111,35 @@ def test_bf16_autocast_stays_close_and_keeps_float32_factors(root: Path) -> None
 
 def test_a_compiled_step_is_the_same_step(root: Path) -> None:
     same(trained(workspace(root), 8), trained(workspace(root, **{"train.compile": "eager"}), 8))
+
+
+def test_the_plan_says_how_fast_factors_learn_of_adam_alone(root: Path) -> None:
+    """Hidden width 32: a step of Adam at one rate moves a row by √32 learning rates.
+
+    A plan of rank 2 with both falls to 2/√2 learning rates.
+    """
+    for optimizer, slows in (("adamw", True), ("adafactor", False)):
+        space = workspace(
+            root,
+            **{"train.optimizer": optimizer, "train.learning-rate": 1e-3, "train.steps": 1},
+        )
+        adapter = with_b(start(space))
+        plan = Plan(adapter.ranks, "both", 8, 1, False, 0, 0, "cap")
+        found = {}
+        for step in (0.0, 2.0):
+            own = replace(plan, row_step=step, rank_power=0.5 if step else 0.0)
+            job = Job("one", 1, own, adapter, np.arange(8), None)
+            found[step] = Adapter.from_state_dict(train(space, job).state, adapter.scale)
+        for module, given in adapter.factors.items():
+            fast, slow = (found[step].factors[module] for step in (0.0, 2.0))
+            turns = [(own.a - given.a).norm(dim=1).max() for own in (fast, slow)]
+            if slows:
+                assert turns[0] == pytest.approx(32**0.5 * 1e-3, rel=0.05)
+                assert turns[1] == pytest.approx(2e-3 / 2**0.5, rel=0.05)
+                moved = [(own.b - given.b).abs().max() for own in (fast, slow)]
+                assert moved[1] == pytest.approx(float(moved[0]) / 2**0.5, rel=0.05)
+            else:
+                assert torch.equal(fast.a, slow.a) and torch.equal(fast.b, slow.b)
 
 
 def test_rows_without_an_answer_in_them_teach_nothing(root: Path) -> None:

@@ -131,3 +131,11 @@ def test_rankfit_brings_a_tail_where_it_costs_no_trained_rank() -> None:
     assert not planner(settings).plan_fleet(narrow)["slow"].tail_rank
     without = run_settings(**{"method.name": "rankfit", "method.without": "tail"})
     assert not planner(without).plan_fleet(fleet())["slow"].tail_rank
+
+
+def test_a_plan_says_how_fast_its_factors_learn() -> None:
+    plans = planner(run_settings(**{"method.name": "rankfit"})).plan_fleet(fleet())
+    own = find("rankfit")
+    assert {(p.rank_power, p.row_step) for p in plans.values()} == {(own.rank_power, own.row_step)}
+    others = planner(run_settings(**{"method.name": "flexlora"})).plan_fleet(fleet())
+    assert {(p.rank_power, p.row_step) for p in others.values()} == {(0.0, 0.0)}

@@ -1,0 +1,70 @@
+"""How fast the factors of an adapter learn, beside the learning rate η of the run.
+
+Adam moves each number by about η in a step, whatever its gradient. A row of A of k numbers moves by
+η·√k, whatever its length: with rows of norm 1 by half of it for k = 768 and η = .02. And B·A moves
+by the steps of r columns: by √r times as much where they are independent. So one rate is another
+speed at every width and every rank, and fits a head beside the adapter only at one of them. A
+method can set both right (:class:`Pace`).
+
+That rank r wants 1/√r of the step is rsLoRA's argument (arXiv:2312.03732), there for the scale;
+that A wants a lower rate than B the wider the model is, LoRA+'s (arXiv:2402.12354). Figures for
+``rankfit`` are in docs/methods.md.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rankfit.adapters import names
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Learning rates of A and B relative to the run's; the head learns at the run's.
+
+    Attributes
+    ----------
+    rank_power : float
+        Factors of rank r learn at r^−rank_power of the rate (0 = every rank at one).
+    row_step : float
+        Most that a step moves a row of A, in learning rates: A learns at min(1, row_step/√k) of B's
+        rate (0 = at B's).
+    """
+
+    rank_power: float = 0.0
+    row_step: float = 0.0
+
+    def b(self, rank: int) -> float:
+        """Share of the run's rate for B (d, rank)."""
+        return float(rank**-self.rank_power)
+
+    def a(self, rank: int, inputs: int) -> float:
+        """Share of the run's rate for A (rank, inputs)."""
+        slower = min(1.0, self.row_step / math.sqrt(inputs)) if self.row_step else 1.0
+        return slower * self.b(rank)
+
+    def groups(
+        self, trained: Iterable[tuple[str, nn.Parameter]], rate: float
+    ) -> list[dict[str, Any]]:
+        """Parameters by their learning rate, as torch's optimizers take them.
+
+        Parameters
+        ----------
+        trained : iterable of (str, nn.Parameter)
+            Parameters of adapters and heads, by the names that they are saved by.
+        rate : float
+            Of the run.
+        """
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in trained:
+            part = names.parse(name)[1]
+            share = 1.0
+            if part == "a":
+                share = self.a(*parameter.shape)
+            elif part == "b":
+                share = self.b(parameter.shape[1])
+            by_rate.setdefault(rate * share, []).append(parameter)
+        return [{"params": parameters, "lr": own} for own, parameters in by_rate.items()]
