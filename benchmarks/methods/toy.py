@@ -37,7 +37,7 @@ RANKS = (2, 4, 16)
 #: Each singular value of the target is this share of the one before.
 DECAY = 0.66
 OWN_DIMENSIONS, OWN_ENERGY = 8, 0.5
-RATES = (0.001, 0.0017, 0.003, 0.0055, 0.01, 0.017, 0.03)
+RATES = (0.001, 0.003, 0.01, 0.03)
 SEEDS = (0, 1, 2)
 LAYER = "layer.0"
 SETTING = {
