@@ -4,7 +4,7 @@ Adam moves each number by about η in a step, whatever its gradient. A row of A 
 η·√k, whatever its length: with rows of norm 1 by half of it for k = 768 and η = .02. And B·A moves
 by the steps of r columns: by √r times as much where they are independent. So one rate is another
 speed at every width and every rank, and fits a head beside the adapter only at one of them. A
-method can set both right (:class:`Pace`).
+method can set both right (:class:`Rates`).
 
 That rank r wants 1/√r of the step is rsLoRA's argument (arXiv:2312.03732), there for the scale;
 that A wants a lower rate than B the wider the model is, LoRA+'s (arXiv:2402.12354). Figures for
@@ -22,7 +22,7 @@ from rankfit.adapters import names
 
 
 @dataclass(frozen=True)
-class Pace:
+class Rates:
     """Learning rates of A and B relative to the run's; the head learns at the run's.
 
     Attributes

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rankfit.adapters.rates import Pace
+from rankfit.adapters.rates import Rates
 from rankfit.adapters.state import Adapter
 from rankfit.client.losses import Loss, plain, prior_adjusted
 from rankfit.client.meters import meter_of
@@ -374,9 +374,9 @@ def make_optimizer(
     train = settings.train
     # Of Adam alone: what SGD moves depends on the gradient, what Adafactor moves on the row.
     adam = train.optimizer.startswith("adamw")
-    pace = Pace(plan.rank_power, plan.row_step) if adam else Pace()
+    own = Rates(plan.rank_power, plan.row_step) if adam else Rates()
     return build_optimizer(
-        train.optimizer, pace.groups(parameters.items(), rate), rate=rate,
+        train.optimizer, own.groups(parameters.items(), rate), rate=rate,
         decay=train.weight_decay, momentum=train.momentum,
     )  # fmt: skip
 

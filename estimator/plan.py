@@ -40,7 +40,7 @@ class Plan:
         Of the frozen base: fp32, bf16, fp16, int8 or nf4.
     rank_power, row_step : float
         How much slower than the head factors of rank r and rows of A learn, by Adam; 0 = not. See
-        :class:`rankfit.adapters.rates.Pace`.
+        :class:`rankfit.adapters.rates.Rates`.
     """
 
     ranks: Mapping[str, int]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from rankfit.adapters import names
-from rankfit.adapters.rates import Pace
+from rankfit.adapters.rates import Rates
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import decode, encode_update
 from rankfit.client.app import app as client_app
@@ -188,7 +188,7 @@ class SideBySide:
         rate = learning_rate(self._settings, number)
         decay = self._settings.train.weight_decay
         every = [pair for member in members for pair in member.moving().items()]
-        groups = Pace(members[0].plan.rank_power, members[0].plan.row_step).groups(every, rate)
+        groups = Rates(members[0].plan.rank_power, members[0].plan.row_step).groups(every, rate)
         optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
         stores = [self._space.moment_store(place, str(plan["run"])) for place in places]
         kept = [(store and store.load(number)) or {} for store in stores]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rankfit.adapters.merge import Update
-from rankfit.adapters.rates import Pace
+from rankfit.adapters.rates import Rates
 from rankfit.adapters.state import Adapter, Factors, initial
 from rankfit.configs.settings import RunSettings, from_flat
 from rankfit.estimator.plan import Plan
@@ -109,7 +109,7 @@ def error(adapter: Adapter, data: tuple[Tensor, Tensor]) -> float:
 
 def train(
     given: Adapter, frozen: Adapter | None, moves: str, data: tuple[Tensor, Tensor],
-    rate: float, pace: Pace,
+    rate: float, own_rates: Rates,
 ) -> Adapter:  # fmt: skip
     """Ten full-batch AdamW steps of one client, gradients in closed form."""
     inputs, outputs = data
@@ -117,7 +117,7 @@ def train(
         rest = frozen.factors[LAYER]
         outputs = outputs - frozen.scale * (inputs @ rest.a.T) @ rest.b.T
     own = given.factors[LAYER]
-    rates = {"b": rate * pace.b(own.rank), "a": rate * pace.a(own.rank, WIDTH)}
+    rates = {"b": rate * own_rates.b(own.rank), "a": rate * own_rates.a(own.rank, WIDTH)}
     b, a, scale = own.b.clone(), own.a.clone(), given.scale
     state = [[torch.zeros_like(t), torch.zeros_like(t)] for t in (b, a)]
     for step in range(1, STEPS + 1):
@@ -143,7 +143,7 @@ def federate(
     adapter = initial({LAYER: (WIDTH, WIDTH)}, RANK, 1.0, {}, settings.run.seed)
     advance = Advance(settings, method.start.folds)
     draw = np.random.default_rng(settings.run.seed)
-    pace = Pace(method.rank_power, method.row_step)
+    own_rates = Rates(method.rank_power, method.row_step)
     base = Plan({LAYER: RANK}, "both", 1, 1, False, 0, 0, "cap")
     for number in range(1, ROUNDS + 1):
         stage = method.schedule(number, settings)
@@ -154,7 +154,7 @@ def federate(
             plan = replace(base, ranks={LAYER: rank}, tail_rank=RANK if tail else 0)
             share = method.start.share(adapter, advance.folded, plan, 1000 * number + client)
             trained = train(
-                share.given, share.frozen, stage.moves, world.clients[client], rate, pace
+                share.given, share.frozen, stage.moves, world.clients[client], rate, own_rates
             )
             merge.add(Update(share.given, trained, float(SAMPLES), share.indices))
         adapter = advance(merge)

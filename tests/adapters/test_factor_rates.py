@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rankfit.adapters import names
-from rankfit.adapters.rates import Pace
+from rankfit.adapters.rates import Rates
 from rankfit.strategies.catalogue import methods
 
 RATE, STEP = 0.01, 4.0
@@ -21,7 +21,7 @@ def named(width: int, rank: int = 3) -> dict[str, nn.Parameter]:
     }
 
 
-def first_step(pace: Pace, own: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+def first_step(pace: Rates, own: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """By how much the first step of Adam moves each tensor: each number by its rate."""
     before = {name: parameter.detach().clone() for name, parameter in own.items()}
     optimizer = torch.optim.AdamW(pace.groups(own.items(), RATE), lr=1.0, weight_decay=0.0)
@@ -37,7 +37,7 @@ def every(tensor: torch.Tensor, value: float) -> None:
 
 @pytest.mark.parametrize("width", [16, 64, 768, 4096])
 def test_a_step_moves_a_row_by_the_same_norm_at_every_width(width: int) -> None:
-    moved = first_step(Pace(0.0, STEP), named(width))
+    moved = first_step(Rates(0.0, STEP), named(width))
     every(moved.pop(A).norm(dim=1), STEP * RATE)
     for change in moved.values():
         every(change, RATE)
@@ -45,7 +45,7 @@ def test_a_step_moves_a_row_by_the_same_norm_at_every_width(width: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 64])
 def test_factors_of_a_higher_rank_learn_slower_and_the_head_does_not(rank: int) -> None:
-    moved = first_step(Pace(0.5, STEP), named(64, rank))
+    moved = first_step(Rates(0.5, STEP), named(64, rank))
     every(moved.pop(A).norm(dim=1), STEP * RATE / rank**0.5)
     every(moved.pop(B), RATE / rank**0.5)
     for change in moved.values():
@@ -54,14 +54,14 @@ def test_factors_of_a_higher_rank_learn_slower_and_the_head_does_not(rank: int) 
 
 def test_modules_of_several_ranks_have_rates_of_their_own() -> None:
     own = named(64, 4) | {names.b_name("other"): nn.Parameter(torch.randn(5, 16))}
-    moved = first_step(Pace(0.5), own)
+    moved = first_step(Rates(0.5), own)
     every(moved[B], RATE / 2)
     every(moved[names.b_name("other")], RATE / 4)
 
 
 def test_narrow_layers_and_methods_without_it_learn_at_one_rate() -> None:
-    assert Pace(0.0, STEP).a(3, 9) == 1.0
-    (group,) = Pace().groups(named(4096).items(), RATE)
+    assert Rates(0.0, STEP).a(3, 9) == 1.0
+    (group,) = Rates().groups(named(4096).items(), RATE)
     assert group["lr"] == RATE and len(group["params"]) == 4
 
 
