@@ -119,9 +119,8 @@ def start(order: Order, uuid: str = "") -> Place:
 def _start(order: Order, uuid: str, prefetch: Request | None) -> Place:
     """Start a worker in a session of its own; the caller holds the lock."""
     sweep()
-    place = new_place(order)
     start = new_start(order, prefetch)
-    place.write(start)
+    place = new_place(start)
     root = Path(rankfit.__file__).resolve().parents[1]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(order.settings.train.threads))

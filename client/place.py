@@ -28,6 +28,8 @@ from rankfit.configs.settings import RunSettings, from_flat, to_flat
 #: A Unix socket's address has 108 bytes on Linux and 104 elsewhere, the final zero included.
 _LONGEST_ADDRESS = 103
 _LOGS_KEPT = 20
+#: First letter of a folder that is being made: whoever looks does not hold the lock.
+_HIDDEN = "."
 
 
 class PlaceError(RuntimeError):
@@ -174,22 +176,24 @@ class Place:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def new_place(order: Order) -> Place:
-    """Make the folder of a new worker.
+def new_place(start: Start) -> Place:
+    """Make the folder of a new worker, with what it is started with; it appears whole.
 
     Raises
     ------
     PlaceError
         If the socket's path would be longer than a system allows.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f"{order.key}-", dir=base_folder()))
-    place = Place(folder)
+    hidden = Path(tempfile.mkdtemp(prefix=f"{_HIDDEN}{start.order.key}-", dir=base_folder()))
+    place = Place(hidden.with_name(hidden.name.removeprefix(_HIDDEN)))
     if len(os.fsencode(place.socket)) > _LONGEST_ADDRESS:
-        place.remove()
+        hidden.rmdir()
         raise PlaceError(
             f"the socket's path {place.socket} is longer than {_LONGEST_ADDRESS} bytes; set "
             "XDG_RUNTIME_DIR to a shorter folder of the SuperNode's user"
         )
+    Place(hidden).write(start)
+    hidden.rename(place.folder)
     return place
 
 
@@ -209,14 +213,18 @@ def new_start(order: Order, prefetch: Request | None) -> Start:
 
 def places(prefix: str = "") -> list[Place]:
     """Folders of workers, alive or not, whose name begins with ``prefix``."""
-    return [Place(path) for path in sorted(base_folder().iterdir()) if path.name.startswith(prefix)]
+    return [
+        Place(path)
+        for path in sorted(base_folder().iterdir())
+        if path.name.startswith(prefix) and not path.name.startswith(_HIDDEN)
+    ]
 
 
 def sweep() -> None:
-    """Remove what workers left that were killed."""
-    for place in places():
-        if not place.alive():
-            place.remove()
+    """Remove what workers left that were killed; the caller holds the lock."""
+    for path in base_folder().iterdir():
+        if not Place(path).alive():
+            Place(path).remove()
 
 
 def stop(place: Place, grace: float = 10.0) -> None:

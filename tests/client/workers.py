@@ -90,6 +90,12 @@ def the_place() -> Place:
     return place
 
 
+def next_place() -> Place:
+    """Folder of the worker that another thread is starting."""
+    wait_for(lambda: any(place.process() for place in places()), "a worker is there")
+    return the_place()
+
+
 def log_text(place: Place) -> str:
     return place.read().log.read_text(encoding="utf-8")
 

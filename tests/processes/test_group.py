@@ -15,7 +15,7 @@ import pytest
 from rankfit.client import messenger
 from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.perform import perform
-from rankfit.client.place import Order, places
+from rankfit.client.place import Order
 from rankfit.client.request import Request
 from rankfit.client.workspace import Workspace
 from tests.client.workers import (
@@ -23,6 +23,7 @@ from tests.client.workers import (
     evaluate,
     gone,
     log_text,
+    next_place,
     process_of,
     runs,
     settings,
@@ -85,8 +86,7 @@ def test_a_process_that_dies_costs_one_update(device: Node) -> None:
     order = of_two(device, "train.epochs=500")
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(messenger.ask, order, train())
-        wait_for(lambda: len(places()) == 1 and places()[0].process() is not None, "a worker")
-        place = the_place()
+        place = next_place()
         wait_for(lambda: log_text(place).count("base model") >= 2, "both have the base")
         worker, other = members()
         other.kill()

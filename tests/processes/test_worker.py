@@ -18,7 +18,7 @@ import pytest
 from rankfit.client import messenger
 from rankfit.client.frames import FrameError, receive_frame, send_frame
 from rankfit.client.perform import perform
-from rankfit.client.place import PlaceError, base_folder, places, stop
+from rankfit.client.place import Place, PlaceError, Start, base_folder, places, stop
 from rankfit.client.request import Answer, Request
 from rankfit.client.workspace import Workspace
 from tests.client.nvml_stub.driver import MIB, build, gpu
@@ -27,6 +27,7 @@ from tests.client.workers import (
     evaluate,
     gone,
     log_text,
+    next_place,
     process_of,
     runs,
     settings,
@@ -84,8 +85,7 @@ def test_killed_while_it_trains_and_between_rounds(device: Node) -> None:
     order = device.order(LONG)
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(messenger.ask, order, train(number=3))
-        wait_for(lambda: len(places()) == 1, "a worker is there")
-        place = the_place()
+        place = next_place()
         wait_for(lambda: "train of round 3: begins" in log_text(place), "it trains")
         wait_for(lambda: "loaded" in log_text(place), "it has the base")
         log_file = place.read().log
@@ -169,8 +169,7 @@ def test_ends_when_asked_busy_or_not(device: Node) -> None:
     order = device.order(LONG)
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(messenger.ask, order, train())
-        wait_for(lambda: len(places()) == 1, "a worker is there")
-        place = the_place()
+        place = next_place()
         wait_for(lambda: "loaded" in log_text(place), "it trains")
         process = process_of(place)
         stop(place)
@@ -261,6 +260,22 @@ def test_folders_of_workers_that_were_killed_are_swept(device: Node) -> None:
     wait_for(lambda: not the_place().alive(), "it is dead")
     messenger.start(device.order(run_id=2))
     assert not folder.exists() and len(places()) == 1
+
+
+def test_a_worker_that_is_found_can_be_read(device: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks holds no lock: half a folder is not to be seen, and one left behind goes."""
+    write = Place.write
+
+    def looked_at(place: Place, start: Start) -> None:
+        assert places() == [], "before"
+        write(place, start)
+        assert places() == [], "before it is in its place"
+
+    monkeypatch.setattr(Place, "write", looked_at)
+    (base_folder() / ".killed-while-it-was-made").mkdir(mode=0o700)
+    place = messenger.start(device.order())
+    assert places() == [place] and place.read().order.run_id == 1
+    assert [path.name for path in base_folder().iterdir()] == [place.folder.name]
 
 
 def test_the_messenger_imports_no_torch() -> None:
