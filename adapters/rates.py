@@ -1,10 +1,15 @@
-"""How fast the factors of an adapter learn, beside the learning rate η of the run.
+"""How fast the factors of an adapter and the head learn by Adam, beside the run's learning rate η.
 
 Adam moves each number by about η in a step, whatever its gradient. A row of A of k numbers moves by
 η·√k, whatever its length: with rows of norm 1 by half of it for k = 768 and η = .02. And B·A moves
 by the steps of r columns: by √r times as much where they are independent. So one rate is another
 speed at every width and every rank, and fits a head beside the adapter only at one of them. A
 method can set both right (:class:`Rates`).
+
+A head that is trained whole has another trouble. The gradient of the classes that a client does not
+have is small, but not for Adam, whose first steps move each number by η whatever its gradient: each
+round would take the head away from what the others taught it of those classes. With one second
+moment for all numbers of a tensor a step is as long, and goes along the gradient.
 
 That rank r wants 1/√r of the step is rsLoRA's argument (arXiv:2312.03732), there for the scale;
 that A wants a lower rate than B the wider the model is, LoRA+'s (arXiv:2402.12354). Figures for
@@ -14,16 +19,22 @@ that A wants a lower rate than B the wider the model is, LoRA+'s (arXiv:2402.123
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rankfit.adapters import names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Key of a group of parameters, each tensor of which has one second moment.
+WHOLE = "whole"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of A and B relative to the run's; the head learns at the run's.
+    """How A, B and the head learn; the default is Adam at the run's rate for all numbers.
+
+    Free of torch, so that a plan can carry it.
 
     Attributes
     ----------
@@ -32,10 +43,13 @@ class Rates:
     row_step : float
         Most that a step moves a row of A, in learning rates: A learns at min(1, row_step/√k) of B's
         rate (0 = at B's).
+    whole_head : bool
+        Each tensor of the head has one second moment, the mean over its numbers.
     """
 
     rank_power: float = 0.0
     row_step: float = 0.0
+    whole_head: bool = False
 
     def b(self, rank: int) -> float:
         """Share of the run's rate for B (d, rank)."""
@@ -47,9 +61,9 @@ class Rates:
         return slower * self.b(rank)
 
     def groups(
-        self, trained: Iterable[tuple[str, nn.Parameter]], rate: float
+        self, trained: Iterable[tuple[str, "nn.Parameter"]], rate: float
     ) -> list[dict[str, Any]]:
-        """Parameters by their learning rate, as torch's optimizers take them.
+        """Parameters by how they learn, for :func:`rankfit.tasks.optimizers.build_optimizer`.
 
         Parameters
         ----------
@@ -58,7 +72,7 @@ class Rates:
         rate : float
             Of the run.
         """
-        by_rate: dict[float, list[nn.Parameter]] = {}
+        alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in trained:
             part = names.parse(name)[1]
             share = 1.0
@@ -66,5 +80,9 @@ class Rates:
                 share = self.a(*parameter.shape)
             elif part == "b":
                 share = self.b(parameter.shape[1])
-            by_rate.setdefault(rate * share, []).append(parameter)
-        return [{"params": parameters, "lr": own} for own, parameters in by_rate.items()]
+            whole = self.whole_head and part == "head"
+            alike.setdefault((rate * share, whole), []).append(parameter)
+        return [
+            {"params": parameters, "lr": own} | ({WHOLE: True} if whole else {})
+            for (own, whole), parameters in alike.items()
+        ]

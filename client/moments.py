@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rankfit.adapters.rates import WHOLE
+
 #: Keys of a parameter's state in torch's AdamW.
 _STEP, _FIRST, _SECOND = "step", "exp_avg", "exp_avg_sq"
 #: Before the names of the counts of steps, among the kept tensors.
@@ -35,9 +37,12 @@ def recall(
         What :func:`kept_moments` gave; empty in the first round. On the CPU its second moments are
         taken over, not copied: the estimate has no place for a second set.
     """
+    groups = optimizer.param_groups
+    whole = {id(each) for group in groups if group.get(WHOLE) for each in group["params"]}
     for name, parameter in parameters.items():
         second = kept.get(name)
-        if second is None or second.shape != parameter.shape:
+        expected = torch.Size() if id(parameter) in whole else parameter.shape
+        if second is None or second.shape != expected:
             continue
         # A fused kernel reads the count on the parameter's device, the others on the CPU.
         fused = bool(optimizer.defaults.get("fused"))

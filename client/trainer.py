@@ -372,9 +372,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of the run over the trained parameters, at the round's learning rate."""
     train = settings.train
-    # Of Adam alone: what SGD moves depends on the gradient, what Adafactor moves on the row.
+    # Of Adam alone: what SGD moves depends on the gradient, what Adafactor moves on the row. The
+    # head's one moment is of torch's AdamW alone: bitsandbytes' keeps a moment for each number.
     adam = train.optimizer.startswith("adamw")
-    own = Rates(plan.rank_power, plan.row_step) if adam else Rates()
+    own = plan.rates if adam else Rates()
     return build_optimizer(
         train.optimizer, own.groups(parameters.items(), rate), rate=rate,
         decay=train.weight_decay, momentum=train.momentum,

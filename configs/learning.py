@@ -194,6 +194,9 @@ class Train(Table):
     #: ``kept``: a client keeps AdamW's second moments from round to round (``moments`` in the run
     #: directory on its machine).
     moments: Literal["reset", "kept"] = "reset"
+    #: AdamW's second moments of a head: one for each ``number``, one for each ``tensor``, which
+    #: keeps a client from unlearning the classes that it does not have; or as the ``method`` says.
+    head_moment: Literal["method", "number", "tensor"] = "method"
     gradient_checkpointing: bool = False
     #: Intra-op CPU threads per client process.
     threads: PositiveInt = 1

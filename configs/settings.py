@@ -270,11 +270,14 @@ class RunSettings(Table):
                 f"train.label-prior {self.train.label_prior}: only a classifier has a label prior; "
                 "set it to 0"
             )
-        if self.train.moments == "kept" and self.train.optimizer not in ("adamw", "adamw-fused"):
-            raise ValueError(
-                f"train.moments kept: only AdamW's are, not those of {self.train.optimizer}; set "
-                "train.optimizer to adamw or adamw-fused"
-            )
+        if self.train.optimizer not in ("adamw", "adamw-fused"):
+            wanted = {"moments kept": self.train.moments == "kept"}
+            wanted |= {"head-moment tensor": self.train.head_moment == "tensor"}
+            for what in (key for key, asked in wanted.items() if asked):
+                raise ValueError(
+                    f"train.{what}: only AdamW can, not {self.train.optimizer}; set "
+                    "train.optimizer to adamw or adamw-fused"
+                )
         if self.lora.form == "kronecker":
             self._wrappable()
         if self.head.mode == "local" and self.server.evaluate == "server":

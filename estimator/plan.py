@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rankfit.adapters.names import Moves
+from rankfit.adapters.rates import Rates
 
 #: What a client does beside plain training: ``prune`` its own rank (HetLoRA), measure ``scores``.
 Extra = Literal["prune", "scores"]
@@ -38,9 +39,8 @@ class Plan:
         What the client does beside plain training.
     precision : str
         Of the frozen base: fp32, bf16, fp16, int8 or nf4.
-    rank_power, row_step : float
-        How much slower than the head factors of rank r and rows of A learn, by Adam; 0 = not. See
-        :class:`rankfit.adapters.rates.Rates`.
+    rates : Rates
+        How fast factors and head learn, by Adam.
     """
 
     ranks: Mapping[str, int]
@@ -54,8 +54,7 @@ class Plan:
     tail_rank: int = 0
     extras: tuple[Extra, ...] = ()
     precision: str = "fp32"
-    rank_power: float = 0.0
-    row_step: float = 0.0
+    rates: Rates = Rates()
 
     @property
     def rank(self) -> int:
@@ -77,8 +76,9 @@ class Plan:
             "tail-rank": self.tail_rank,
             "extras": ",".join(self.extras),
             "precision": self.precision,
-            "rank-power": self.rank_power,
-            "row-step": self.row_step,
+            "rank-power": self.rates.rank_power,
+            "row-step": self.rates.row_step,
+            "whole-head": self.rates.whole_head,
         }
 
     @classmethod
@@ -98,7 +98,9 @@ class Plan:
             tail_rank=record["tail-rank"],  # type: ignore[arg-type]
             extras=tuple(str(record["extras"]).split(",")) if record["extras"] else (),  # type: ignore[arg-type]
             precision=str(record["precision"]),
-            # Reports of runs of older releases have none.
-            rank_power=float(record.get("rank-power", 0.0)),  # type: ignore[arg-type]
-            row_step=float(record.get("row-step", 0.0)),  # type: ignore[arg-type]
+            rates=Rates(  # reports of runs of older releases have none
+                float(record.get("rank-power", 0.0)),  # type: ignore[arg-type]
+                float(record.get("row-step", 0.0)),  # type: ignore[arg-type]
+                bool(record.get("whole-head", False)),
+            ),
         )

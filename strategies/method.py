@@ -5,9 +5,10 @@ file in ``strategies/catalogue`` with a ``METHOD``.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rankfit.adapters.merge import Merge
+from rankfit.adapters.rates import Rates
 from rankfit.adapters.state import Adapter
 from rankfit.configs.settings import ConfigError, Form, RunSettings, split_list
 from rankfit.estimator.plan import Extra
@@ -40,9 +41,8 @@ class Method:
     row_norm : float or None
         Norm that every row of A has when a round begins; B carries the strength of a direction
         (None = the split that the merge gave).
-    rank_power, row_step : float
-        How much slower than the head factors of rank r and rows of A learn (0 = all at one rate);
-        see :mod:`rankfit.adapters.rates`.
+    rates : Rates
+        How fast factors and head learn, by Adam.
     form : {"lora", "kronecker"}
         The form of adapter that it merges; ``lora.form`` must be that.
     parts : Mapping[str, Callable[[Method], Method]]
@@ -58,8 +58,7 @@ class Method:
     start: Start = field(default_factory=Leading)
     extras: tuple[Extra, ...] = ()
     row_norm: float | None = None
-    rank_power: float = 0.0
-    row_step: float = 0.0
+    rates: Rates = Rates()
     form: Form = "lora"
     parts: Mapping[str, "Callable[[Method], Method]"] = field(default_factory=dict)
 
@@ -72,7 +71,7 @@ class Method:
 
 
 def configured(method: Method, settings: RunSettings) -> Method:
-    """Switch off the parts that ``method.without`` names, and check what the method cannot do.
+    """The method as the settings want it: parts switched off, the head's moments; and checked.
 
     Raises
     ------
@@ -87,6 +86,9 @@ def configured(method: Method, settings: RunSettings) -> Method:
                 f"(it has: {has})"
             )
         method = method.parts[part](method)
+    if (moment := settings.train.head_moment) != "method":
+        rates = replace(method.rates, whole_head=moment == "tensor")
+        method = replace(method, rates=rates)
     method.start.check(method.name, settings)
     if method.form != settings.lora.form:
         raise ConfigError(

@@ -92,14 +92,11 @@ class Planner:
         plans = self._spend(estimator, limited, fitted, max(1, server_round))
         if reports and not plans:
             raise self._nobody()
-        method, extras = self._method, self._extras(server_round)
+        extras = self._extras(server_round)
         stated = {
-            client: replace(
-                plan, moves=stage.moves, extras=extras,
-                rank_power=method.rank_power, row_step=method.row_step,
-            )
+            client: replace(plan, moves=stage.moves, extras=extras, rates=self._method.rates)
             for client, plan in plans.items()
-        }  # fmt: skip
+        }
         self._last = {client: self._steady(client, plan) for client, plan in stated.items()}
         return dict(self._last)
 

@@ -55,8 +55,9 @@ LEADING = ("fedit", "flexlora", "fslora", "hetlora", "hralora", "rankfit")
 ABLATIONS = (
     "rankfit+method.without=tail", "rankfit+method.without=unit-rows",
     "rankfit+method.without=damping", "rankfit+method.without=slow-rows",
-    "rankfit+method.without=rank-rates", "alternating+method.tail=true",
-    "rankfit+train.moments=kept", "flora+train.moments=kept", "ffa-lora+train.moments=kept",
+    "rankfit+method.without=rank-rates", "rankfit+method.without=whole-head",
+    "alternating+method.tail=true", "rankfit+train.moments=kept", "flora+train.moments=kept",
+    "ffa-lora+train.moments=kept",
 )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from benchmarks.methods.digits import (
 METHODS = (
     "fedex-lora", "fedit", "ffa-lora", "flora", "hetlora", "hralora", NEEDS["lokr"], "rankfit",
 )  # fmt: skip
+#: The same with the moments that ``rankfit`` has for its head.
+WHOLE_HEADS = tuple(f"{m}+train.head-moment=tensor" for m in METHODS if m != "rankfit")
 
 
 def main() -> None:
@@ -33,7 +35,8 @@ def main() -> None:
     columns = tuple(s for s in whole.settings if "/dirichlet" in s.name)
     closer = replace(
         whole, name="digits-closer", methods=METHODS, settings=columns, rates=FINE_RATES,
-        seeds=EIGHT_SEEDS, validation_seeds=THREE_SPLITS, more={},
+        seeds=EIGHT_SEEDS, validation_seeds=THREE_SPLITS,
+        more={s.name: WHOLE_HEADS for s in columns},
     )  # fmt: skip
     grid.carry_out(closer, asked)
 

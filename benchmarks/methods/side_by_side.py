@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from rankfit.adapters import names
-from rankfit.adapters.rates import Rates
 from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import decode, encode_update
 from rankfit.client.app import app as client_app
@@ -38,6 +37,7 @@ from rankfit.server.loop import federate
 from rankfit.strategies import messages
 from rankfit.tasks.adapted import chunks
 from rankfit.tasks.models import target_modules
+from rankfit.tasks.optimizers import build_optimizer
 
 
 def run(settings: RunSettings) -> None:
@@ -188,8 +188,8 @@ class SideBySide:
         rate = learning_rate(self._settings, number)
         decay = self._settings.train.weight_decay
         every = [pair for member in members for pair in member.moving().items()]
-        groups = Rates(members[0].plan.rank_power, members[0].plan.row_step).groups(every, rate)
-        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
+        groups = members[0].plan.rates.groups(every, rate)
+        optimizer = build_optimizer("adamw-fused", groups, rate=rate, decay=decay)
         stores = [self._space.moment_store(place, str(plan["run"])) for place in places]
         kept = [(store and store.load(number)) or {} for store in stores]
         for member, known in zip(members, kept, strict=True):

@@ -143,7 +143,6 @@ def federate(
     adapter = initial({LAYER: (WIDTH, WIDTH)}, RANK, 1.0, {}, settings.run.seed)
     advance = Advance(settings, method.start.folds)
     draw = np.random.default_rng(settings.run.seed)
-    own_rates = Rates(method.rank_power, method.row_step)
     base = Plan({LAYER: RANK}, "both", 1, 1, False, 0, 0, "cap")
     for number in range(1, ROUNDS + 1):
         stage = method.schedule(number, settings)
@@ -154,7 +153,7 @@ def federate(
             plan = replace(base, ranks={LAYER: rank}, tail_rank=RANK if tail else 0)
             share = method.start.share(adapter, advance.folded, plan, 1000 * number + client)
             trained = train(
-                share.given, share.frozen, stage.moves, world.clients[client], rate, own_rates
+                share.given, share.frozen, stage.moves, world.clients[client], rate, method.rates
             )
             merge.add(Update(share.given, trained, float(SAMPLES), share.indices))
         adapter = advance(merge)

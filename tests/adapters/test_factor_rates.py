@@ -1,5 +1,7 @@
 """Rates that are one speed at every rank and width."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -67,8 +69,9 @@ def test_narrow_layers_and_methods_without_it_learn_at_one_rate() -> None:
 
 def test_only_rankfit_has_such_rates_and_can_be_told_not_to() -> None:
     found = methods()
-    paced = {name for name, method in found.items() if method.row_step or method.rank_power}
+    paced = {name for name, method in found.items() if method.rates != Rates()}
     assert paced == {"rankfit"}
     own = found["rankfit"]
-    assert own.parts["slow-rows"](own).row_step == 0.0
-    assert own.parts["rank-rates"](own).rank_power == 0.0
+    assert own.parts["slow-rows"](own).rates == replace(own.rates, row_step=0.0)
+    assert own.parts["rank-rates"](own).rates == replace(own.rates, rank_power=0.0)
+    assert own.parts["whole-head"](own).rates == replace(own.rates, whole_head=False)

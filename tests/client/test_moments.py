@@ -7,13 +7,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rankfit.adapters.names import a_name, b_name
+from rankfit.adapters.names import a_name, b_name, head_name
+from rankfit.adapters.rates import Rates
 from rankfit.client.moments import kept_moments, recall
 from rankfit.configs.settings import ConfigError
 from rankfit.server.rundir import WEIGHTS
+from rankfit.tasks.optimizers import build_optimizer
 from tests.server.federation import run, settings_for
 
-A, B = a_name("m"), b_name("m")
+A, B, H = a_name("m"), b_name("m"), head_name("classifier.weight")
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -80,6 +82,28 @@ def test_another_rank_begins_anew_and_a_resting_factor_is_kept() -> None:
     other = adamw(smaller)
     recall(other, smaller, kept)
     assert not other.state
+
+
+def test_a_head_with_one_moment_goes_on_with_it_and_not_with_another_ones() -> None:
+    found = {H: nn.Parameter(torch.ones(3, 2))}
+
+    def built(whole: bool) -> torch.optim.Optimizer:
+        return build_optimizer(
+            "adamw", Rates(whole_head=whole).groups(found.items(), 0.1), rate=0.1
+        )
+
+    kept = {}
+    for whole in (True, False):
+        optimizer = built(whole)
+        found[H].grad = torch.full((3, 2), 2.0)
+        optimizer.step()
+        kept[whole] = kept_moments(optimizer, found)
+        assert kept[whole][H].shape == (() if whole else (3, 2))
+    for begun in (True, False):
+        for whole in (True, False):
+            optimizer = built(whole)
+            recall(optimizer, found, kept[begun])
+            assert bool(optimizer.state) == (begun == whole)
 
 
 KEPT = (

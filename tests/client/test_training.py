@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
+from rankfit.adapters.rates import Rates
 from rankfit.adapters.state import Adapter, initial
 from rankfit.client.trainer import Job, train
 from rankfit.client.workspace import Workspace
@@ -127,7 +128,7 @@ def test_the_plan_says_how_fast_factors_learn_of_adam_alone(root: Path) -> None:
         plan = Plan(adapter.ranks, "both", 8, 1, False, 0, 0, "cap")
         found = {}
         for step in (0.0, 2.0):
-            own = replace(plan, row_step=step, rank_power=0.5 if step else 0.0)
+            own = replace(plan, rates=Rates(0.5, step) if step else Rates())
             job = Job("one", 1, own, adapter, np.arange(8), None)
             found[step] = Adapter.from_state_dict(train(space, job).state, adapter.scale)
         for module, given in adapter.factors.items():

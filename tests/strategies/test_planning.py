@@ -1,13 +1,16 @@
 """Plans stay within memory, upload and download in every round of every method."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
 from rankfit.adapters.names import Moves
+from rankfit.adapters.rates import Rates
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.estimator.fit import Estimator
 from rankfit.estimator.network import link_bytes
+from rankfit.estimator.plan import Plan
 from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.tracer import TraceCache
 from rankfit.strategies.budget import Budget
@@ -135,7 +138,19 @@ def test_rankfit_brings_a_tail_where_it_costs_no_trained_rank() -> None:
 
 def test_a_plan_says_how_fast_its_factors_learn() -> None:
     plans = planner(run_settings(**{"method.name": "rankfit"})).plan_fleet(fleet())
-    own = find("rankfit")
-    assert {(p.rank_power, p.row_step) for p in plans.values()} == {(own.rank_power, own.row_step)}
+    assert {plan.rates for plan in plans.values()} == {find("rankfit").rates}
+    assert {Plan.from_dict(plan.to_dict()) == plan for plan in plans.values()} == {True}
     others = planner(run_settings(**{"method.name": "flexlora"})).plan_fleet(fleet())
-    assert {(p.rank_power, p.row_step) for p in others.values()} == {(0.0, 0.0)}
+    assert {plan.rates for plan in others.values()} == {Rates()}
+
+
+def test_how_a_head_learns_is_the_methods_choice_or_the_users() -> None:
+    for name, moment, whole in (
+        ("rankfit", "method", True), ("rankfit", "number", False),
+        ("fedit", "method", False), ("fedit", "tensor", True),
+    ):  # fmt: skip
+        settings = run_settings(**{"method.name": name, "train.head-moment": moment})
+        for plan in planner(settings).plan_fleet(fleet()).values():
+            assert plan.rates == replace(find(name).rates, whole_head=whole)
+    with pytest.raises(ConfigError, match=r"head-moment tensor: only AdamW can, not sgd"):
+        run_settings(**{"train.head-moment": "tensor", "train.optimizer": "sgd"})
