@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import tomli_w
@@ -117,7 +117,7 @@ def local_superlink(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
         If it does not come up; the message ends with its log.
     """
     with tempfile.TemporaryDirectory(prefix="rankfit-flwr-") as folder:
-        port, control = free_port(), free_port()
+        port, control = free_ports(2)
         own = commands_first(env) | {"FLWR_HOME": folder, _MARK: folder}
         connection = {"address": f"127.0.0.1:{port}", "insecure": True}
         config = {"superlink": {"default": "own", "own": connection}}
@@ -181,11 +181,13 @@ def federation_config(settings: RunSettings) -> str:
     )
 
 
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Return different TCP ports of 127.0.0.1 that are free now."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _stream(command: list[str], env: Mapping[str, str]) -> str:

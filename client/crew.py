@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import queue
+import select
 import socket
 import subprocess
 import sys
@@ -36,6 +37,8 @@ _PROGRAM = (
 _SHARED = ("prefetch", "train")
 #: A process that dies breaks the exchange of gradients at once; its end is read within this time.
 _NOTICE_SECONDS = 1.0
+#: Once it is read, ``on_end`` ends this process within it.
+_END_SECONDS = 60.0
 
 
 class Crew:
@@ -75,14 +78,15 @@ class Crew:
             for each in self._sockets:
                 send_frame(each, request.header(), request.arrays, limit=self._limit)
 
-    @staticmethod
-    def settle() -> None:
-        """After a failure: wait until ``on_end`` would have been called, had a process died.
+    def settle(self) -> None:
+        """After a failure: wait until ``on_end`` has been called, if a process died.
 
         Both the broken exchange and the end itself are seen by this process, in either order; who
-        waits is told of the end, and not of the connection that it closed.
+        waits is told of the end, and not of the connection that it closed. The others send nothing:
+        a socket that can be read is that of one that is gone.
         """
-        time.sleep(_NOTICE_SECONDS)
+        if select.select(self._sockets, [], [], _NOTICE_SECONDS)[0]:
+            time.sleep(_END_SECONDS)
 
 
 def grouped(order: Order) -> "Workspace":

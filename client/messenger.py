@@ -191,9 +191,9 @@ def _connected(place: Place) -> Iterator[socket.socket]:
 
 
 def _finish(place: Place, order: Order) -> None:
+    process = place.process()  # before the answer, with which its folder goes
     with suppress(_NotBegun, WorkerError):
         _hand_over(place, order, Request("finish"))
-    process = place.process()
     deadline = time.monotonic() + 10.0
     while process is not None and process.alive() and time.monotonic() < deadline:
         time.sleep(0.05)

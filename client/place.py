@@ -28,6 +28,7 @@ from rankfit.configs.settings import RunSettings, from_flat, to_flat
 #: A Unix socket's address has 108 bytes on Linux and 104 elsewhere, the final zero included.
 _LONGEST_ADDRESS = 103
 _LOGS_KEPT = 20
+_REMOVALS = 3
 #: First letter of a folder that is being made: whoever looks does not hold the lock.
 _HIDDEN = "."
 
@@ -108,7 +109,7 @@ class Place:
 
     @property
     def socket(self) -> Path:
-        """Its socket; there as soon as it listens."""
+        """Its socket; there a moment before it listens."""
         return self.folder / "socket"
 
     def write(self, start: Start) -> None:
@@ -173,7 +174,10 @@ class Place:
 
     def remove(self) -> None:
         """Remove the folder; a worker that still runs ends then."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for _ in range(_REMOVALS):  # the worker may be writing a file into it
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                return
 
 
 def new_place(start: Start) -> Place:
@@ -229,7 +233,8 @@ def sweep() -> None:
 
 def stop(place: Place, grace: float = 10.0) -> None:
     """End a worker: by its own will within ``grace`` seconds, or without; and remove its folder."""
-    process = place.process()
+    with locked():  # who starts it has then said which process it is
+        process = place.process()
     for sign in (signal.SIGTERM, signal.SIGKILL):
         if process is None or not process.alive():
             break

@@ -20,10 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from typing import Any  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# A stalled example says something of the machine alone.
+hypothesis.settings.register_profile("loaded", deadline=None)
+hypothesis.settings.load_profile("loaded")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+#: Each of their processes imports torch; above the limits of their own waits.
+PROCESSES_SECONDS = 1500
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,6 +56,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests with processes first, and deselect those whose data folder is absent."""
     items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+    for item in items:
+        if item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.timeout(PROCESSES_SECONDS))
     if SHARED_DATA.is_dir():
         return
     away = [item for item in items if item.get_closest_marker("shared_data")]

@@ -116,8 +116,8 @@ def test_flower_finds_one_app_while_it_imports_the_other(tmp_path: Path) -> None
     script = (
         "import sys, threading, time; from flwr.supercore.object_ref import validate\n"
         "sys.path.insert(0, sys.argv[1])\n"
-        "threading.Thread(target=lambda: __import__('rankfit')).start(); time.sleep(0.3)\n"
-        "assert 'rankfit' in sys.modules\n"
+        "threading.Thread(target=lambda: __import__('rankfit')).start()\n"
+        "while 'rankfit' not in sys.modules: time.sleep(0.01)\n"
         "found = validate(sys.argv[2], project_dir=sys.argv[1])\n"
         "assert found == (True, None), found"
     )

@@ -28,6 +28,8 @@ OPTIMIZERS = {
     "sgd": {"optimizer": "sgd"},
     "momentum": {"optimizer": "sgd", "momentum": 0.9},
     "adafactor": {"optimizer": "adafactor"},
+    "whole head": {"whole_head": True},
+    "fused, whole head": {"optimizer": "adamw-fused", "whole_head": True},
 }
 
 

@@ -7,6 +7,7 @@ known by a mark in their environment that they inherit.
 
 import json
 import os
+import random
 import re
 import socket
 import ssl
@@ -17,7 +18,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ class Deployment:
         )
 
         def healthy() -> bool:
+            if process.popen.poll() is not None:
+                raise DeploymentError(f"the SuperLink ended:\n{process.text()[-3000:]}")
             try:
                 with opener.open(f"https://127.0.0.1:{self.port}/health", timeout=2):
                     return True
@@ -182,7 +185,7 @@ class Deployment:
         answer = self.flwr_json("supernode", "list", CONNECTION)
         return {str(node["node-id"]): str(node["status"]) for node in answer["nodes"]}
 
-    def wait_online(self, count: int, timeout: float = 60.0) -> None:
+    def wait_online(self, count: int, timeout: float = 240.0) -> None:
         """Wait until ``count`` nodes are online."""
         self.wait_for(
             lambda: list(self.nodes().values()).count("online") >= count,
@@ -191,7 +194,7 @@ class Deployment:
             timeout=timeout,
         )
 
-    def run(self, app: Path, *flags: str, timeout: float = 300.0) -> Run:
+    def run(self, app: Path, *flags: str, timeout: float = 900.0) -> Run:
         """Submit an app with ``flwr run --stream``, follow it to its end."""
         done = self.flwr("run", str(app), CONNECTION, "--stream", *flags, timeout=timeout)
         started = re.search(r"Successfully started run (\d+)", done.stdout)
@@ -213,7 +216,7 @@ class Deployment:
         answer = self.flwr_json("list", CONNECTION, "--run-id", str(run_id))
         return str(answer["runs"][0]["status"])
 
-    def flwr(self, *arguments: str, timeout: float = 60.0) -> "subprocess.CompletedProcess[str]":
+    def flwr(self, *arguments: str, timeout: float = 180.0) -> "subprocess.CompletedProcess[str]":
         """Run Flower's command line against this deployment."""
         return subprocess.run(
             [command("flwr"), *arguments],
@@ -238,7 +241,7 @@ class Deployment:
         condition: Callable[[], bool],
         what: str,
         *watched: Process,
-        timeout: float = 60.0,
+        timeout: float = 180.0,
     ) -> None:
         """Wait for a condition; fails with the watched processes' logs."""
         deadline = time.monotonic() + timeout
@@ -322,10 +325,12 @@ def command(name: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that is free, and not among those that the kernel gives away."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def marked(mark: str) -> list[psutil.Process]:

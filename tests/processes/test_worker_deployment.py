@@ -49,7 +49,7 @@ def figures(running: Federation, name: str) -> list[object]:
     return [strip(line) for line in rounds(running, name)]
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain: {what}"
@@ -57,7 +57,10 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90.0) ->
 
 
 def train_begins(running: Federation, worker: psutil.Process, number: int) -> bool:
-    return f"train of round {number}: begins" in running.log_of(worker).read_text()
+    try:
+        return f"train of round {number}: begins" in running.log_of(worker).read_text()
+    except (LookupError, OSError):
+        return False  # it has not been written down yet which process it is
 
 
 def test_figures_are_the_same_with_and_without_the_worker(running: Federation) -> None:
@@ -66,7 +69,7 @@ def test_figures_are_the_same_with_and_without_the_worker(running: Federation) -
     cold = running.submit(running.config("cold", "client.warm=off", "run.rounds=1"))
     status = running.deployment.status
     ids = (warm, cold)
-    wait_for(lambda: all(status(i).startswith("finished") for i in ids), "both end", 240.0)
+    wait_for(lambda: all(status(i).startswith("finished") for i in ids), "both end", 540.0)
     assert [status(run_id) for run_id in ids] == ["finished:completed"] * 2
     assert running.workers() == [] and running.sockets() == []
 
@@ -84,7 +87,7 @@ def test_figures_are_the_same_with_and_without_the_worker(running: Federation) -
 
 def test_every_end_leaves_nothing_behind(running: Federation) -> None:
     config = running.config(
-        "ends", "run.rounds=50", "train.epochs=15", "client.idle-seconds=6", "server.min-clients=1"
+        "ends", "run.rounds=50", "train.epochs=30", "client.idle-seconds=30", "server.min-clients=1"
     )
     run_id = running.submit(config)
 
@@ -110,9 +113,9 @@ def test_every_end_leaves_nothing_behind(running: Federation) -> None:
     before = set(running.workers())
     node.popen.kill()
     node.popen.wait()
-    wait_for(lambda: len(running.workers()) == 1, "its worker is gone", 15.0)
-    wait_for(lambda: len(running.sockets()) == 1, "with its folder", 5.0)
-    wait_for(lambda: not any(map(_runs, family)), "and all that it had started", 15.0)
+    wait_for(lambda: len(running.workers()) == 1, "its worker is gone", 60.0)
+    wait_for(lambda: len(running.sockets()) == 1, "with its folder", 60.0)
+    wait_for(lambda: not any(map(_runs, family)), "and all that it had started", 60.0)
     assert set(running.workers()) < before
 
     # The run is stopped; Flower tells the node nothing, so the worker waits, and then ends.
@@ -120,9 +123,9 @@ def test_every_end_leaves_nothing_behind(running: Federation) -> None:
     log_file = running.log_of(left)
     stopped = running.deployment.flwr("stop", str(run_id), CONNECTION)
     assert stopped.returncode == 0, stopped.stdout
-    wait_for(lambda: running.workers() == [], "no worker is left", 60.0)
+    wait_for(lambda: running.workers() == [], "no worker is left", 240.0)
     assert running.sockets() == []
-    assert "no message for 6 s" in log_file.read_text()
+    assert "no message for 30 s" in log_file.read_text()
 
 
 def test_workers_stop_when_asked(running: Federation) -> None:
@@ -133,8 +136,13 @@ def test_workers_stop_when_asked(running: Federation) -> None:
     running.deployment.flwr("stop", str(run_id), CONNECTION)
     done = running.rankfit("node", "--stop-workers")
     assert re.search(r"stopped \d+ worker", done.stdout), done.stdout + done.stderr
-    running.rankfit("node", "--stop-workers")
-    assert running.workers() == [] and running.sockets() == []
+
+    def none_left() -> bool:
+        """A message that had reached its node can still start a worker."""
+        running.rankfit("node", "--stop-workers")
+        return running.workers() == [] and running.sockets() == []
+
+    wait_for(none_left, "nothing is left")
 
 
 def _runs(process: psutil.Process) -> bool:

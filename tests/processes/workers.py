@@ -79,7 +79,8 @@ class Federation:
     def sockets(self) -> list[Path]:
         """What workers have in the runtime folder: nothing when all have ended."""
         base = self.runtime / "rankfit"
-        return sorted(base.iterdir()) if base.is_dir() else []
+        found = base.iterdir() if base.is_dir() else ()
+        return sorted(path for path in found if not path.name.startswith("."))
 
     def logs(self) -> list[Path]:
         """Logs of all workers, oldest first."""
@@ -102,7 +103,7 @@ class Federation:
             env=dict(self.deployment.environment),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
         )
 
 

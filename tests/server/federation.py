@@ -14,6 +14,24 @@ from rankfit.server.loop import federate
 #: Changes a reply of a client, or raises, or returns None for a client that never answers.
 Fault = Callable[[Message, Message], Message | None]
 
+
+class Clock:
+    """Stands for the module ``time`` where only waiting is to take time, however slow the machine.
+
+    Nodes in this process answer when they are asked: a deadline that real time could pass would
+    measure the machine.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 _SMALL = (
     "run.rounds=3",
     "simulation.clients=4",

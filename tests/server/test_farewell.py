@@ -9,9 +9,9 @@ from rankfit.client.app import app as client_app
 from rankfit.configs.settings import RunSettings, to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import federate
-from rankfit.strategies import messages
+from rankfit.strategies import fleet, messages
 from rankfit.strategies.fleet import FleetError
-from tests.server.federation import settings_for
+from tests.server.federation import Clock, settings_for
 
 WORKERS = (0, 2)
 
@@ -46,8 +46,9 @@ def test_nodes_with_a_worker_are_told_when_the_run_is_over(tmp_path: Path) -> No
 
 
 def test_they_are_told_of_a_run_that_fails_and_its_error_is_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fleet, "time", Clock())
     few = ("server.min-clients=4", "server.wait-seconds=0.1", "plan.min-rank=8")
     settings = settings_for(tmp_path, "failed", *few)
     grid = Fleet(settings, answers=False)

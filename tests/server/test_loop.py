@@ -15,11 +15,12 @@ from rankfit.client import trainer
 from rankfit.configs.settings import ConfigError
 from rankfit.estimator.network import Payload
 from rankfit.server.rundir import RunDirectory
+from rankfit.strategies import fleet
 from rankfit.strategies.catalogue import find, methods
 from rankfit.tasks.adapted import predict
 from rankfit.tasks.catalogue import load_task
 from rankfit.tasks.models import head_modules, load_base, target_modules
-from tests.server.federation import Fault, FaultyGrid, run, settings_for
+from tests.server.federation import Clock, Fault, FaultyGrid, run, settings_for
 
 VOLATILE = ("seconds", "train-seconds", "peak-memory-bytes")
 
@@ -176,8 +177,13 @@ def to_float64(arrays: dict[str, Any]) -> None:
     ids=["raises", "silent", "nan", "shape", "missing", "foreign", "type"],
 )
 def test_a_bad_client_costs_its_own_update_only_and_a_line_says_so(
-    fault: Fault, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fault: Fault,
+    reason: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(fleet, "time", Clock())
     logging.getLogger("rankfit").propagate = True
     settings = settings_for(tmp_path, "bad", "run.rounds=1", "server.round-timeout-seconds=6.0")
     with caplog.at_level("WARNING"):
@@ -189,7 +195,10 @@ def test_a_bad_client_costs_its_own_update_only_and_a_line_says_so(
     assert line["evaluation"]["accuracy"] > 0.1
 
 
-def test_a_bad_update_leaves_the_same_adapter_as_no_update(tmp_path: Path) -> None:
+def test_a_bad_update_leaves_the_same_adapter_as_no_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "time", Clock())
     quick = ("run.rounds=1", "server.round-timeout-seconds=6.0")
     bad = run(settings_for(tmp_path, "nan", *quick), {2: edited(to_nan)})
     none = run(settings_for(tmp_path, "none", *quick), {2: silent})

@@ -1,6 +1,5 @@
 """Measured links: timed payloads through the real query of the client app."""
 
-import time
 from collections.abc import Iterable
 
 import pytest
@@ -8,11 +7,18 @@ from flwr.app import Message
 
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings
+from rankfit.strategies import link
 from rankfit.strategies.fleet import Fleet
 from rankfit.strategies.link import measure_link
-from tests.server.federation import FaultyGrid
+from tests.server.federation import Clock, FaultyGrid
 
 KIB = 1024
+CLOCK = Clock()
+
+
+@pytest.fixture(autouse=True)
+def only_the_links_take_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "time", CLOCK)
 
 
 def settings_of(*overrides: str) -> RunSettings:
@@ -21,7 +27,7 @@ def settings_of(*overrides: str) -> RunSettings:
 
 
 class Slow(FaultyGrid):
-    """Links of 8 Mbps to the clients and 4 from them, with a latency, in real time."""
+    """Links of 8 Mbps to the clients and 4 from them, with a latency."""
 
     LATENCY = 0.05
 
@@ -34,7 +40,7 @@ class Slow(FaultyGrid):
         replies = list(super().pull_messages(message_ids))
         self.queries += len(replies)
         for sent, reply in zip(sizes, replies, strict=False):
-            time.sleep(self.LATENCY + sent * 8e-6 / 8 + _size(reply) * 8e-6 / 4)
+            CLOCK.sleep(self.LATENCY + sent * 8e-6 / 8 + _size(reply) * 8e-6 / 4)
         return replies
 
 
@@ -45,11 +51,11 @@ def _size(message: Message) -> int:
 
 def test_both_directions_are_told_from_the_latency() -> None:
     grid = Slow(settings_of())
-    link = measure_link(grid, 1000, 256 * KIB, 10.0)
-    assert link is not None
-    assert link.download_mbps == pytest.approx(8, rel=0.3)
-    assert link.upload_mbps == pytest.approx(4, rel=0.3)
-    assert link.latency >= Slow.LATENCY
+    found = measure_link(grid, 1000, 256 * KIB, 10.0)
+    assert found is not None
+    assert found.download_mbps == pytest.approx(8, rel=0.02)
+    assert found.upload_mbps == pytest.approx(4, rel=0.02)
+    assert found.latency == pytest.approx(Slow.LATENCY)
 
 
 def test_a_fleet_measures_each_client_once_and_keeps_it_when_asked_again() -> None:
@@ -58,7 +64,7 @@ def test_a_fleet_measures_each_client_once_and_keeps_it_when_asked_again() -> No
     fleet.refresh(grid, 0)
     links = {name: device.report.upload_mbps for name, device in fleet.devices.items()}
     assert set(links) == {"partition-0", "partition-1"}
-    assert all(mbps == pytest.approx(4, rel=0.4) for mbps in links.values())
+    assert all(mbps == pytest.approx(4, rel=0.02) for mbps in links.values())
     queries = grid.queries
     fleet.refresh(grid, 1)
     assert grid.queries == queries
