@@ -168,12 +168,15 @@ def make_estimator(settings: RunSettings, kind: str | None = None) -> "Estimator
     from rankfit.estimator.fit import Estimator
     from rankfit.estimator.store import TraceStore
     from rankfit.estimator.tracer import TraceCache
+    from rankfit.strategies.catalogue import find
+    from rankfit.strategies.method import configured, with_head_moment
     from rankfit.tasks.models import load_config
 
+    rates = configured(find(settings.method.name), settings).rates
     config = load_config(settings.model, labels=settings.data.classes or 2)
     of = kind or settings.task.kind
     return Estimator.for_run(
-        settings,
+        with_head_moment(settings, rates),
         config,
         _inputs(of, config.to_dict(), settings.data.max_length),
         traces=TraceCache(TraceStore()),

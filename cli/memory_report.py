@@ -92,6 +92,7 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
     from rankfit.estimator.fit import Estimator, inputs_of
     from rankfit.estimator.memory import tail_ranks
     from rankfit.estimator.tracer import TraceCache
+    from rankfit.strategies.method import with_head_moment
     from rankfit.tasks.catalogue import load_task
     from rankfit.tasks.models import load_config
 
@@ -101,19 +102,21 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
     except ValueError as error:
         raise ConfigError(str(error)) from error
     inputs, traces = inputs_of(task.example_batch(1)), TraceCache()
-    estimators: dict[str, Estimator] = {}
+    estimators: dict[tuple[str, bool], Estimator] = {}
     for row in rows:
         plan = Plan.from_dict(row["plan"])
-        if plan.moves not in estimators:
-            estimators[plan.moves] = Estimator.for_run(
-                settings, config, inputs, phases=(plan.moves,), traces=traces
+        key = (plan.moves, plan.rates.whole_head)
+        if key not in estimators:
+            planned = with_head_moment(settings, plan.rates)
+            estimators[key] = Estimator.for_run(
+                planned, config, inputs, phases=(plan.moves,), traces=traces
             )
         report = DeviceReport.from_dict(row["device"])
         tails = tail_ranks(plan.ranks, plan.tail_rank)
-        split = _estimated(estimators[plan.moves], report, plan, tails)
+        split = _estimated(estimators[key], report, plan, tails)
         row["components"] = {"estimated": {name: getattr(split, name) for name in _PARTS}}
         if measure and report.accelerator == "cpu":
-            row["components"]["measured"] = _measured(estimators[plan.moves], report, plan, tails)
+            row["components"]["measured"] = _measured(estimators[key], report, plan, tails)
 
 
 def _estimated(

@@ -156,6 +156,7 @@ class Estimator:
             checkpointing=settings.train.gradient_checkpointing,
             dropout=settings.lora.dropout,
             clips=settings.train.max_grad_norm > 0,
+            whole_head=settings.train.head_moment == "tensor",
         )
         return cls(
             spec,

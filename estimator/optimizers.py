@@ -5,10 +5,13 @@ and bitsandbytes' write in place.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankfit.adapters.rates import WHOLE
 from rankfit.estimator.spec import StepSpec
 from rankfit.tasks.optimizers import build_optimizer
 
@@ -53,17 +56,31 @@ def make_optimizer(spec: StepSpec, model: nn.Module) -> torch.optim.Optimizer:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if next(iter(trained.values())).device.type == "meta":
         if spec.optimizer == "adamw-fused":
-            return StandIn(trained, _fused)
+            return StandIn(trained, partial(_fused, spec.whole_head))
         if spec.optimizer == "adamw-8bit":
             return StandIn(trained, _EightBit())
-    # One group, where rates of a method may make several: foreach's temporaries are of a group.
+    # One rate, where those of a method may be several: foreach's temporaries are of a group.
+    heads = {name for name in trained if spec.whole_head and not _factor(name)}
+    groups: list[dict[str, Any]] = [{"params": [p for n, p in trained.items() if n not in heads]}]
+    if heads:
+        groups.append({"params": [trained[name] for name in sorted(heads)], WHOLE: True})
     foreach = spec.accelerator == "cuda"
     return build_optimizer(
-        spec.optimizer, list(trained.values()), rate=1e-3, momentum=spec.momentum, foreach=foreach
+        spec.optimizer, groups, rate=1e-3, momentum=spec.momentum, foreach=foreach
     )
 
 
-def _fused(name: str, parameter: Tensor) -> State:
+def _factor(name: str) -> bool:
+    return ".lora_" in name
+
+
+def _fused(whole_head: bool, name: str, parameter: Tensor) -> State:
+    if whole_head and not _factor(name):
+        return {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros((), device=parameter.device),
+        }
     return {
         "step": torch.zeros((), device=parameter.device),  # on the device, unlike foreach's
         "exp_avg": torch.zeros_like(parameter),

@@ -84,6 +84,8 @@ class StepSpec:
         Of ``sgd``.
     clips : bool
         Gradients are clipped by their norm.
+    whole_head : bool
+        AdamW has one second moment for each tensor of a head.
     """
 
     config: str
@@ -106,6 +108,7 @@ class StepSpec:
     tail: bool = False
     padded: bool = True
     clips: bool = False
+    whole_head: bool = False
 
     def __post_init__(self) -> None:
         choices = {

@@ -14,7 +14,7 @@ from rankfit.estimator.report import DeviceReport
 from rankfit.estimator.work import Pace
 from rankfit.strategies.allocation import Choice
 from rankfit.strategies.budget import Budget
-from rankfit.strategies.method import Method, with_tail
+from rankfit.strategies.method import Method, with_head_moment, with_tail
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +213,7 @@ class Planner:
     def _estimator(self, phases: tuple[Moves, ...], tail: bool = False) -> Estimator:
         if (tail, phases) not in self._estimators:
             settings = with_tail(self._settings) if tail else self._settings
+            settings = with_head_moment(settings, self._method.rates)
             self._estimators[tail, phases] = self._make(settings, phases)
         return self._estimators[tail, phases]
 

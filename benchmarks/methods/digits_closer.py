@@ -13,7 +13,6 @@ from benchmarks.methods.digits import (
     EIGHT_SEEDS,
     FINE_RATES,
     NEEDS,
-    THREE_SPLITS,
     digits_grid,
     write_pictures,
 )
@@ -35,8 +34,7 @@ def main() -> None:
     columns = tuple(s for s in whole.settings if "/dirichlet" in s.name)
     closer = replace(
         whole, name="digits-closer", methods=METHODS, settings=columns, rates=FINE_RATES,
-        seeds=EIGHT_SEEDS, validation_seeds=THREE_SPLITS,
-        more={s.name: WHOLE_HEADS for s in columns},
+        seeds=EIGHT_SEEDS, more={s.name: WHOLE_HEADS for s in columns},
     )  # fmt: skip
     grid.carry_out(closer, asked)
 
