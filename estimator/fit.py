@@ -139,6 +139,7 @@ class Estimator:
             wrap(base, targets)
             targets = models.target_modules(base, settings.lora.targets)
         heads = models.whole_modules(base, settings.head)
+        adam = settings.train.optimizer in ("adamw", "adamw-fused")
         spec = StepSpec(
             config=canonical(config.to_dict()),
             kind=kind,
@@ -156,7 +157,7 @@ class Estimator:
             checkpointing=settings.train.gradient_checkpointing,
             dropout=settings.lora.dropout,
             clips=settings.train.max_grad_norm > 0,
-            whole_head=settings.train.head_moment == "tensor",
+            whole_head=adam and settings.train.head_moment == "tensor",
         )
         return cls(
             spec,
