@@ -20,6 +20,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Quantization = Literal["none", "nf4", "nf4-single", "int8"]
 Autocast = Literal["none", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"]
+#: Those that are torch's AdamW, whose second moments can be kept, and shared in a head.
+TORCH_ADAMW = ("adamw", "adamw-fused")
 
 #: Bits of one frozen weight in each precision of a base, scales of the blocks included.
 BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "nf4-single": 4.5, "nf4": 4.127}

@@ -11,7 +11,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rankfit.configs.learning import BITS, Data, Head, Model, Partition, Task, Train
+from rankfit.configs.learning import (
+    BITS,
+    TORCH_ADAMW,
+    Data,
+    Head,
+    Model,
+    Partition,
+    Task,
+    Train,
+)
 from rankfit.configs.table import (
     Count,
     Fraction,
@@ -270,13 +279,13 @@ class RunSettings(Table):
                 f"train.label-prior {self.train.label_prior}: only a classifier has a label prior; "
                 "set it to 0"
             )
-        if self.train.optimizer not in ("adamw", "adamw-fused"):
+        if self.train.optimizer not in TORCH_ADAMW:
             wanted = {"moments kept": self.train.moments == "kept"}
             wanted |= {"head-moment tensor": self.train.head_moment == "tensor"}
             for what in (key for key, asked in wanted.items() if asked):
                 raise ValueError(
-                    f"train.{what}: only AdamW can, not {self.train.optimizer}; set "
-                    "train.optimizer to adamw or adamw-fused"
+                    f"train.{what}: only torch's AdamW can, not {self.train.optimizer}; set "
+                    f"train.optimizer to {' or '.join(TORCH_ADAMW)}"
                 )
         if self.lora.form == "kronecker":
             self._wrappable()

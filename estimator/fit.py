@@ -7,6 +7,7 @@ from typing import Self
 from transformers import PreTrainedConfig
 
 from rankfit.adapters.names import Moves
+from rankfit.configs.learning import TORCH_ADAMW
 from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.memory import Footprint, tail_ranks
@@ -139,7 +140,7 @@ class Estimator:
             wrap(base, targets)
             targets = models.target_modules(base, settings.lora.targets)
         heads = models.whole_modules(base, settings.head)
-        adam = settings.train.optimizer in ("adamw", "adamw-fused")
+        adam = settings.train.optimizer in TORCH_ADAMW
         spec = StepSpec(
             config=canonical(config.to_dict()),
             kind=kind,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rankfit.adapters.rates import WHOLE
+from rankfit.configs.learning import TORCH_ADAMW
 from rankfit.configs.settings import ConfigError
 
 
@@ -81,7 +82,7 @@ def build_optimizer(
     ConfigError
         If the name is not known, or bitsandbytes is not installed.
     """
-    if name in ("adamw", "adamw-fused"):
+    if name in TORCH_ADAMW:
         whole = any(WHOLE in each for each in trained if isinstance(each, dict))
         kind = WholeAdamW if whole else torch.optim.AdamW
         if name == "adamw-fused":

@@ -152,5 +152,5 @@ def test_how_a_head_learns_is_the_methods_choice_or_the_users() -> None:
         settings = run_settings(**{"method.name": name, "train.head-moment": moment})
         for plan in planner(settings).plan_fleet(fleet()).values():
             assert plan.rates == replace(find(name).rates, whole_head=whole)
-    with pytest.raises(ConfigError, match=r"head-moment tensor: only AdamW can, not sgd"):
+    with pytest.raises(ConfigError, match=r"head-moment tensor: only torch's AdamW can, not sgd"):
         run_settings(**{"train.head-moment": "tensor", "train.optimizer": "sgd"})
