@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 from torch import distributed, nn
 
+from rankfit.tasks.adapted import training_device
+
 
 class OtherFailed(RuntimeError):
     """Another process of the group failed; its own log line says how."""
@@ -39,7 +41,7 @@ class Group:
     @classmethod
     def alone(cls) -> "Group":
         """One process, on the first visible GPU or on the CPU."""
-        return cls(1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(1, 0, training_device())
 
     @classmethod
     def joined(cls, *, cpu: bool) -> "Group":

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rankfit.adapters.state import Adapter
 from rankfit.configs.settings import RunSettings
-from rankfit.tasks.adapted import load_adapter
+from rankfit.tasks.adapted import load_adapter, training_device
 from rankfit.tasks.models import eject, inject
 from rankfit.tasks.task import Split, Task
 
@@ -33,7 +32,7 @@ class Evaluator:
     ) -> None:
         self._task, self._base, self._heads = task, base, heads
         self._batch_size = settings.server.evaluate_batch_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = training_device()
         self._model: PeftModel | None = None
         self._ranks: dict[str, int] = {}
 

@@ -36,6 +36,7 @@ from rankfit.strategies.planning import Planner
 from rankfit.strategies.replies import Assignment, BadUpdate, Metrics, read_update
 from rankfit.strategies.scores import ScoreBook
 from rankfit.strategies.selection import Selection
+from rankfit.tasks.adapted import training_device
 from rankfit.tasks.scores import pooled
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ class HeterogeneousLora(Strategy):
         )
         merge = self.method.merge(adapter, derive(self.settings.run.seed, "merge", server_round))
         merge.tolerance = self.settings.server.merge_tolerance
-        merge.device = torch.device(self.settings.server.merge_device)
+        if self.settings.server.merge_device == "cuda":
+            merge.device = training_device()
         self._round = TrainingRound(server_round, merge, assignments, diagnosis, ScoreBook())
         for assignment in assignments:
             self._held.pop(assignment.node_id, None)  # until it answers

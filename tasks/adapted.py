@@ -134,6 +134,15 @@ def checkpointing(base: PreTrainedModel, wanted: bool) -> Iterator[None]:
             base.gradient_checkpointing_disable()
 
 
+def training_device() -> torch.device:
+    """The first visible GPU, by its index, or the CPU.
+
+    torch accepts a GPU without an index in most places, but refuses it where memory is capped
+    (``torch.cuda.set_per_process_memory_fraction``).
+    """
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def free_cache() -> None:
     """Give back what an attempt that failed for memory has left behind."""
     gc.collect()
