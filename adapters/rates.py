@@ -13,7 +13,7 @@ moment for all numbers of a tensor a step is as long, and goes along the gradien
 
 That rank r wants 1/√r of the step is rsLoRA's argument (arXiv:2312.03732), there for the scale;
 that A wants a lower rate than B the wider the model is, LoRA+'s (arXiv:2402.12354). Figures for
-``rankfit`` are in docs/methods.md.
+``rankfit`` are in benchmarks/notes/methods.md.
 """
 
 import math

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, write_record  # noqa: E402
 from benchmarks.watching import PARTS, Watch, hops  # noqa: E402
 from tests.processes.workers import Federation, federation  # noqa: E402
 
@@ -136,7 +136,7 @@ def _pool(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             shared.setdefault(kind, []).append(pss)
     return {
         "overhead-seconds": statistics.median(overhead),
-        "overhead-seconds-all": overhead,
+        "overhead-seconds-range": [min(overhead), max(overhead)],
         "first-round-seconds": statistics.median(run["seconds"][0] for run in runs),
         "parts-seconds": {name: _median(part[name] for part in parts) for name in PARTS},
         "messages": len(parts),
@@ -193,8 +193,7 @@ def _write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         **machine(*_PACKAGES),
         "results": list(results),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(path, record)
 
 
 def _app_without_torch(folder: Path) -> Path:

@@ -36,7 +36,7 @@ from flwr.app import (  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, write_record  # noqa: E402
 from rankfit.adapters.names import moves_with  # noqa: E402
 from rankfit.adapters.wire import decode, encode_update  # noqa: E402
 from rankfit.configs.compose import compose  # noqa: E402
@@ -214,7 +214,7 @@ def main() -> None:
         results.append(json.loads(done.stdout.splitlines()[-1]))
         record = {"benchmark": "fleet", "preset": options.preset}
         record |= machine("torch", "flwr") | {"results": results}
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(options.output, record)
     names = ("plan", "configure", "fold", "finish", "save")
     table = Table("clients", *(f"{name} s" for name in names), "before MiB", "peak MiB")
     for result in results:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, write_record  # noqa: E402
 from rankfit.adapters.merge import PaddedChange, Update  # noqa: E402
 from rankfit.adapters.operator import Spectrum  # noqa: E402
 from rankfit.adapters.product import ProductSum  # noqa: E402
@@ -47,6 +47,9 @@ TOLERANCE = 0.005
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (3072, 3072), (4096, 4096))
 CLIENTS = (10, 50, 100, 1000)
 RESULT = Path(__file__).parent / "results" / "merge.json"
+#: What the record keeps of a case: what it is, the CPU seconds of each way, and the errors.
+KEY = ("d", "k", "clients", "spectrum")
+ERRORS = ("cold excess", "dense distance", "padded distance")
 
 
 @dataclass(frozen=True)
@@ -242,9 +245,11 @@ def main() -> None:
                 result = {"d": d, "k": k, "clients": clients, "spectrum": spectrum, "ways": ways}
                 results[_key(result)] = result
                 console.print(" ".join(_line(result)))
-                record = {"benchmark": "merge", "rank": RANK, "tolerance": TOLERANCE}
-                record |= machine("torch") | {"results": [results[key] for key in sorted(results)]}
-                options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                record = {"benchmark": "merge", "command": "python benchmarks/merge.py"}
+                record |= {"rank": RANK, "tolerance": TOLERANCE} | machine("torch")
+                write_record(
+                    options.output, record | summary([results[k] for k in sorted(results)])
+                )
     for key in sorted(results):
         table.add_row(*_line(results[key]))
     console.print(table)
@@ -254,12 +259,38 @@ def _key(result: dict[str, Any]) -> tuple[int, int, int, str]:
     return result["d"], result["k"], result["clients"], result["spectrum"]
 
 
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is committed of the results: one row of ``columns`` for each case."""
+    rows = []
+    for result in results:
+        ways = result["ways"]
+        row = [result[key] for key in KEY]
+        row += [ways[way]["seconds"] if way in ways else None for way in WAYS]
+        rows.append([*row, *(_error(ways, name) for name in ERRORS)])
+    return {"columns": [*KEY, *(f"{way} seconds" for way in WAYS), *ERRORS], "rows": rows}
+
+
+def _error(ways: dict[str, dict[str, float]], name: str) -> float:
+    way, error = name.split()
+    return ways[way][error]
+
+
 def _before(path: Path) -> dict[tuple[int, int, int, str], dict[str, Any]]:
     """Results of earlier runs, which a run of part of the grid leaves as they are."""
     if not path.is_file():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {_key(result): result for result in found}
+    known = json.loads(path.read_text(encoding="utf-8"))
+    results = [dict(zip(known["columns"], row, strict=True)) for row in known["rows"]]
+    for result in results:
+        result["ways"] = {
+            way: {"seconds": result[f"{way} seconds"]}
+            for way in WAYS
+            if result[f"{way} seconds"] is not None
+        }
+        for name in ERRORS:
+            way, error = name.split()
+            result["ways"][way][error] = result[name]
+    return {_key(result): result for result in results}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of the updates (or the dense matrix that a stack wider than the matrix becomes, 
 """
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -22,7 +21,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, write_record  # noqa: E402
 from rankfit.adapters.mean_product import MeanChange  # noqa: E402
 from rankfit.adapters.merge import Update  # noqa: E402
 from rankfit.adapters.state import Adapter, Factors  # noqa: E402
@@ -134,7 +133,7 @@ def main() -> None:
         "floor-seconds": floor,
         "ratio": (adding + finishing) / floor,
     }
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.output, record)
     Console().print_json(data=record)
 
 

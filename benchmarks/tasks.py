@@ -23,6 +23,7 @@ import torch
 from datasets import ClassLabel, Dataset, Image
 
 import rankfit
+from benchmarks.machine import write_record
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.cli.evaluate import by_client
 from rankfit.client.app import app as client_app
@@ -267,7 +268,7 @@ def write(result: dict[str, Any]) -> None:
         "hardware": {"machine": platform.machine(), "cpu-threads": 1},
         "results": sorted([*kept, result], key=lambda one: str(one["case"])),
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(RESULTS, record)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, write_record  # noqa: E402
 from rankfit.adapters.wire import WireType  # noqa: E402
 from rankfit.cli.compare import over_ray  # noqa: E402
 from rankfit.configs.compose import compose  # noqa: E402
@@ -131,7 +131,7 @@ def main() -> None:
         table.add_row(*(str(value) for value in found.values()))
         record = {"benchmark": "traffic", "rounds": ROUNDS, **machine("torch", "flwr", "ray")}
         record["results"] = [results[key] for key in sorted(results)]
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(options.output, record)
     Console().print(table)
 
 

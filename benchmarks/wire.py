@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, write_record  # noqa: E402
 from rankfit.adapters.wire import WireType  # noqa: E402
 from rankfit.cli.compare import here  # noqa: E402
 from rankfit.configs.compose import compose  # noqa: E402
@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = [run(seed, wire) for seed in options.seeds for wire in get_args(WireType)]
     record = {"benchmark": "wire", **machine("torch", "flwr"), "results": results}
-    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(options.output, record)
     table = Table("wire", "final", "mean of the last ten", "KiB up", "KiB down")
     for wire in get_args(WireType):
         own = [result for result in results if result["wire"] == wire]

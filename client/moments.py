@@ -3,8 +3,8 @@
 A new AdamW moves every number by its whole learning rate in the first step, whatever the size of
 the gradient: in a round of few steps most of what moves is noise. With the second moments and the
 count of steps kept, and the first moments new, a round begins gently, and a higher rate pays
-(docs/methods.md has figures). Directions are re-factorised between rounds, so that what is kept
-belongs to their places in the order of strength, not to the directions themselves.
+(figures: benchmarks/notes/methods.md). Directions are re-factorised between rounds, so that what is
+kept belongs to their places in the order of strength, not to the directions themselves.
 """
 
 from collections.abc import Mapping

@@ -5,6 +5,9 @@ resumed where it was cut, so a grid can be stopped at any moment. Each run gives
 figures: without drift controls, and with a moving average of the global adapter and head, which
 changes nothing in the training and is evaluated beside it. A method has a rate of its own for each
 row: what is averaged can be trained faster.
+
+The runs and ``methods-NAME.json`` with the curve of every run stay in the folder ``--out``; what is
+committed is the :func:`summary` of it, in ``benchmarks/results/methods-NAME.json``.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, write_record
 from rankfit.cli.comparison import Entry, finished, read_rounds, settings_of
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import ConfigError, RunSettings
@@ -33,6 +36,14 @@ LAST = 10
 AVERAGED = ("server.average=0.8", "server.evaluate-unaveraged=true", "server.diagnostics=false")
 #: Row of the table → prefix of its figures.
 CONTROLS = {"plain": "unaveraged-", "average-0.8": ""}
+#: What a line of the summary holds: the mean over the seeds of the mean of the last ten rounds and
+#: its standard deviation; and the bytes of a whole run at the rate of ``plain``.
+FIGURES = (
+    *(f"{control} {figure}" for control in CONTROLS for figure in ("mean", "deviation")),
+    "upload MiB", "download MiB",
+)  # fmt: skip
+#: What it holds of the choice of a rate: the rate, and its mean accuracy on the validation splits.
+CHOICE = tuple(f"{control} {figure}" for control in CONTROLS for figure in ("rate", "accuracy"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Grid:
     more: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def carry_out(self, out: Path) -> None:
-        """Run what is not done; the JSON is written after every setting and method."""
+        """Run what is not done; the records are written after every setting and method."""
         torch.set_num_threads(1)
         for setting in self.settings:
             task = setting.name.split("/")[0]
@@ -98,15 +109,14 @@ class Grid:
                 except ConfigError as error:
                     log.warning("%s: %s cannot run: %s", setting.name, method, error)
                     told = str(error).replace(f"{out.resolve()}/", "")
-                    self._note("refused", setting.name, method, told)
+                    self._note(out, "refused", setting.name, method, told)
                     continue
-                self._note("results", setting.name, method, {"rates": rates, "runs": found})
+                self._note(out, "results", setting.name, method, {"rates": rates, "runs": found})
         sys.stdout.write(table(self.known()))
 
     def known(self) -> dict[str, Any]:
-        """What the JSON holds so far."""
-        file = RESULTS / f"methods-{self.name}.json"
-        return dict(json.loads(file.read_text())) if file.exists() else {}
+        """What the summary holds so far."""
+        return _read(RESULTS / f"methods-{self.name}.json")
 
     def _rates(self, task: str, method: str, out: Path) -> dict[str, float]:
         """By row the rate of the best mean of the last ten rounds over the validation splits."""
@@ -115,7 +125,9 @@ class Grid:
             setting = self.validation[task]
             runs = [self._one(setting, method, rate, seed, out) for seed in self.validation_seeds]
             scores[rate] = {control: [run[control]["last"] for run in runs] for control in CONTROLS}
-        self._note("rates", task, method, {f"{rate:g}": found for rate, found in scores.items()})
+        self._note(
+            out, "rates", task, method, {f"{rate:g}": found for rate, found in scores.items()}
+        )
         return {c: max(scores, key=lambda rate: sum(scores[rate][c])) for c in CONTROLS}
 
     def _row(
@@ -137,18 +149,85 @@ class Grid:
             self.runner(settings)
         return figures(read_rounds(settings), seed)
 
-    def _note(self, part: str, first: str, second: str, value: object) -> None:
-        known = self.known() or {
+    def _note(self, out: Path, part: str, first: str, second: str, value: object) -> None:
+        """Add to the whole record in ``out``, and bring the committed summary up to date."""
+        file = out / f"methods-{self.name}.json"
+        record = _read(file) or {
+            "command": f"python -m benchmarks.methods.{self.name.replace('-', '_')} --out FOLDER",
             "seeds": list(self.seeds), "rates-to-choose-from": list(self.rates),
-            "validation-seeds": list(self.validation_seeds),
-            "settings": {s.name: _told(s) for s in self.settings}, "results": {},
+            "validation-seeds": list(self.validation_seeds), "results": {},
         }  # fmt: skip
-        known |= machine("torch", "transformers", "peft", "flwr")
-        known.setdefault(part, {}).setdefault(first, {})[second] = value
+        record["settings"] = {s.name: _told(s) for s in self.settings}
+        record |= machine("torch", "transformers", "peft", "flwr")
+        record.setdefault(part, {}).setdefault(first, {})[second] = value
         if part == "results":
-            known.get("refused", {}).get(first, {}).pop(second, None)
-        file = RESULTS / f"methods-{self.name}.json"
-        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            record.get("refused", {}).get(first, {}).pop(second, None)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(RESULTS / f"methods-{self.name}.json", updated(self.known(), summary(record)))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is committed of a whole record: a line for each method.
+
+    ``results`` has lines of :data:`FIGURES` by setting, ``rates`` lines of :data:`CHOICE` by task.
+    """
+    settings = record["settings"]
+    shared = [
+        p for p in next(iter(settings.values())) if all(p in own for own in settings.values())
+    ]
+    kept = {key: value for key, value in record.items() if key not in ("results", "rates")}
+    return kept | {
+        "shared-settings": shared,
+        "settings": {name: [p for p in own if p not in shared] for name, own in settings.items()},
+        "results: figures": FIGURES,
+        "results": {
+            column: {method: _figures(found) for method, found in rows.items()}
+            for column, rows in record["results"].items()
+        },
+        "rates: figures": CHOICE,
+        "rates": {
+            task: {method: _choice(scores) for method, scores in rows.items()}
+            for task, rows in record.get("rates", {}).items()
+        },
+    }
+
+
+def _figures(found: Mapping[str, Any]) -> list[float]:
+    """One line of :data:`FIGURES`."""
+    line: list[float] = []
+    for control in CONTROLS:
+        values = [run[control]["last"] for run in found["runs"]]
+        line += [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+    for way in ("upload-bytes", "download-bytes"):
+        line.append(round(statistics.mean(run[way] for run in found["runs"]) / 2**20, 2))
+    return line
+
+
+def _choice(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> list[float]:
+    """One line of :data:`CHOICE`."""
+    line: list[float] = []
+    for control in CONTROLS:
+        best = max(scores, key=lambda rate: sum(scores[rate][control]))
+        line += [float(best), statistics.mean(scores[best][control])]
+    return line
+
+
+def updated(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary in which lines that were not measured now are those of before."""
+    merged = dict(now)
+    for part in ("settings", "results", "rates", "refused"):
+        if part in before or part in now:
+            rows = {first: dict(own) if isinstance(own, dict) else own
+                    for first, own in before.get(part, {}).items()}  # fmt: skip
+            for first, own in now.get(part, {}).items():
+                rows[first] = {**rows.get(first, {}), **own} if isinstance(own, dict) else own
+            merged[part] = rows
+    return merged
 
 
 def _told(setting: Setting) -> list[str]:
@@ -208,11 +287,11 @@ def table(known: Mapping[str, Any]) -> str:
 
 def _last(known: Mapping[str, Any], column: str, method: str, control: str) -> tuple[float, float]:
     """Mean and standard deviation; (−1, 0) where there is no run."""
-    found = known["results"][column].get(method)
-    if found is None:
+    line = known["results"][column].get(method)
+    if line is None:
         return -1.0, 0.0
-    values = [run[control]["last"] for run in found["runs"]]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    mean = FIGURES.index(f"{control} mean")
+    return line[mean], line[mean + 1]
 
 
 def _shown(method: str, column: Mapping[str, tuple[float, float]]) -> str:

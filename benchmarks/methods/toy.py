@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.machine import write_record
 from rankfit.adapters.merge import Update
 from rankfit.adapters.rates import Rates
 from rankfit.adapters.state import Adapter, Factors, initial
@@ -202,10 +203,10 @@ def main() -> None:
 
 
 def _write(errors: dict[str, object]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    text = json.dumps({"setting": SETTING, "versions": versions, "errors": errors}, indent=1)
-    RESULTS.write_text(text + "\n", encoding="utf-8")
+    command = "python -m benchmarks.methods.toy --fresh"
+    record = {"command": command, "setting": SETTING, "versions": versions, "errors": errors}
+    write_record(RESULTS, record)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from benchmarks.methods.grid import Grid, Setting, figures, table
 from benchmarks.methods.side_by_side import SideBySide
 from benchmarks.methods.side_by_side import run as side_by_side
 from rankfit.configs.settings import ConfigError, RunSettings
+from tests.conftest import ROOT
 from tests.server.federation import run, settings_for
 from tests.server.test_loop import lines
 
@@ -100,12 +101,37 @@ def test_the_rate_comes_from_the_validation_split_alone(
     comparison.carry_out(tmp_path / "runs")
     assert len(ran) == done, "what is done is not done again"
     known = json.loads((tmp_path / "methods-toy.json").read_text())
-    chosen = known["results"]["task/iid"]["rankfit"]["rates"]
-    assert chosen == {"plain": 0.01, "average-0.8": 0.003}
-    assert known["rates"]["task"]["rankfit"]["0.01"] == {
+    assert known["rates"]["task"]["rankfit"] == [0.01, 0.9, 0.003, 0.9], "rate, accuracy there"
+    assert table(known).count("**0.500 ± 0.000**") == 4
+    whole = json.loads((tmp_path / "runs" / "methods-toy.json").read_text())
+    assert whole["rates"]["task"]["rankfit"]["0.01"] == {
         "plain": [0.9] * 2, "average-0.8": [0.5] * 2,
     }  # fmt: skip
-    assert table(known).count("**0.500 ± 0.000**") == 4
+
+
+def test_a_summary_keeps_the_lines_that_were_not_measured_now() -> None:
+    before = {"seeds": [0], "results": {"iid": {"fedit": [1.0], "rankfit": [2.0]}}, "rates": {}}
+    now = {"seeds": [1], "results": {"iid": {"rankfit": [3.0]}, "other": {"fedit": [4.0]}}}
+    found = grid.updated(before, now)
+    assert found["seeds"] == [1]
+    assert found["results"]["iid"] == {"fedit": [1.0], "rankfit": [3.0]}
+    assert found["results"]["other"] == {"fedit": [4.0]}
+
+
+def test_committed_results_are_summaries() -> None:
+    """What every run gave is made again by the ``command`` in the file."""
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        assert file.stat().st_size < 16_000, f"{file.name} is no summary"
+
+
+def test_the_tables_of_the_notes_are_those_of_the_summaries() -> None:
+    notes = (ROOT / "benchmarks" / "notes" / "methods.md").read_text(encoding="utf-8")
+    written = {line.replace("*", "") for line in notes.splitlines()}
+    for name in ("digits", "digits-closer"):
+        known = json.loads((grid.RESULTS / f"methods-{name}.json").read_text())
+        rows = [line for line in table(known).splitlines() if " ± " in line]
+        for line in (row for row in rows if "+" not in row):
+            assert line.replace("*", "").replace("0.", ".") in written, f"methods-{name}: {line}"
 
 
 def test_figures_are_those_of_the_last_ten_rounds() -> None:
