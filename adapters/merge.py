@@ -1,10 +1,4 @@
-"""Merging updates of different ranks into the global adapter, one by one.
-
-A merge is created from the global adapter of the round, is given each update as it arrives, and
-yields the next global adapter. Weights are numbers of samples; they are normalised at the end, so
-an update may arrive or fail without the others knowing. Head tensors are averaged, whatever the
-method does with the factors.
-"""
+"""Merging updates of different ranks into the global adapter, one by one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rankfit.adapters.product import ProductSum
-from rankfit.adapters.state import Adapter, Factors
+from rankfit.adapters.adapter import Adapter, Factors
+from rankfit.adapters.product_sum import ProductSum
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -22,13 +22,12 @@ from rankfit.configs.settings import from_flat
 from rankfit.estimator.allocator import replay
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.components import real_batch, real_step
-from rankfit.estimator.fit import Estimator
-from rankfit.estimator.live import LiveMemory
 from rankfit.estimator.memory import Footprint
-from rankfit.estimator.optimizers import make_optimizer
-from rankfit.estimator.record import Recorder
-from rankfit.estimator.spec import InputSpec, StepSpec
+from rankfit.estimator.meta_libraries import make_optimizer
+from rankfit.estimator.plan_search import Estimator
+from rankfit.estimator.recording import LiveMemory, Recorder
 from rankfit.estimator.step import build, run_steps
+from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.estimator.tracer import TraceCache
 
 log = logging.getLogger(__name__)

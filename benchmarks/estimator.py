@@ -35,11 +35,11 @@ from rankfit.client.host import processor_name
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.components import real_batch
 from rankfit.estimator.depth import solve_deep
-from rankfit.estimator.fit import Estimator
-from rankfit.estimator.optimizers import make_optimizer
-from rankfit.estimator.report import DeviceReport
-from rankfit.estimator.solve import solve
-from rankfit.estimator.spec import InputSpec
+from rankfit.estimator.device_report import DeviceReport
+from rankfit.estimator.meta_libraries import make_optimizer
+from rankfit.estimator.plan_search import Estimator
+from rankfit.estimator.step_spec import InputSpec
+from rankfit.estimator.trace import solve
 from rankfit.estimator.tracer import TraceCache
 
 RESULTS = Path(__file__).parent / "results"

@@ -41,10 +41,10 @@ from rankfit.adapters.names import moves_with  # noqa: E402
 from rankfit.adapters.wire import decode, encode_update  # noqa: E402
 from rankfit.configs.compose import compose  # noqa: E402
 from rankfit.configs.settings import RunSettings  # noqa: E402
-from rankfit.estimator.report import DeviceReport  # noqa: E402
+from rankfit.estimator.device_report import DeviceReport  # noqa: E402
 from rankfit.server.in_process import InProcessGrid  # noqa: E402
 from rankfit.server.loop import build  # noqa: E402
-from rankfit.server.rundir import Checkpoint  # noqa: E402
+from rankfit.server.run_directory import Checkpoint  # noqa: E402
 from rankfit.strategies import messages  # noqa: E402
 from rankfit.strategies.fleet import exchange  # noqa: E402
 

@@ -35,11 +35,11 @@ from rich.table import Table
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.components import real_batch, real_step
-from rankfit.estimator.fit import Estimate, Estimator
+from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.memory import Footprint
-from rankfit.estimator.report import DeviceReport
-from rankfit.estimator.spec import InputSpec, StepSpec
+from rankfit.estimator.plan_search import Estimate, Estimator
 from rankfit.estimator.step import run_steps
+from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.estimator.tracer import TraceCache
 
 MIB, GIB = 2**20, 2**30

@@ -22,9 +22,9 @@ from rich.console import Console  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.machine import machine, write_record  # noqa: E402
-from rankfit.adapters.mean_product import MeanChange  # noqa: E402
+from rankfit.adapters.adapter import Adapter, Factors  # noqa: E402
 from rankfit.adapters.merge import Update  # noqa: E402
-from rankfit.adapters.state import Adapter, Factors  # noqa: E402
+from rankfit.adapters.product_merges import MeanChange  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "merge-adapter.json"
 RANKS = (4, 8, 16, 32, 64)

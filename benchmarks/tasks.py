@@ -25,14 +25,14 @@ from datasets import ClassLabel, Dataset, Image
 import rankfit
 from benchmarks.machine import write_record
 from benchmarks.tiny_lm import save_model, save_tokenizer
-from rankfit.cli.evaluate import by_client
+from rankfit.cli.checkpoints import by_client
 from rankfit.client.app import app as client_app
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import to_flat
-from rankfit.server import summary
+from rankfit.server import reporting as summary
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import federate
-from rankfit.server.saved import SavedRun
+from rankfit.server.run_directory import SavedRun
 from rankfit.tasks.task import Task
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tasks.json"

@@ -26,8 +26,8 @@ from rankfit.cli.compare import over_ray  # noqa: E402
 from rankfit.configs.compose import compose  # noqa: E402
 from rankfit.configs.settings import RunSettings  # noqa: E402
 from rankfit.estimator.network import Payload  # noqa: E402
-from rankfit.strategies.catalogue import methods  # noqa: E402
-from rankfit.tasks.models import load_base, shared_heads, target_modules  # noqa: E402
+from rankfit.strategies.methods import methods  # noqa: E402
+from rankfit.tasks.base_model import load_base, shared_heads, target_modules  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "traffic.json"
 ROUNDS = 2

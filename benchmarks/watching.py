@@ -12,12 +12,12 @@ from pathlib import Path
 
 import psutil
 
-from rankfit.client.place import Place
+from rankfit.client.worker_registry import Place
 from tests.processes.workers import Federation
 
 #: Names of processes by what their command line holds.
 _KINDS = {
-    "rankfit.client.worker": "worker",
+    "rankfit.client.worker_process": "worker",
     "flwr-clientapp": "messenger",
     "flower-superexec": "SuperExec",
     "flower-supernode": "SuperNode",

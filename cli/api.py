@@ -49,7 +49,7 @@ def resume(directory: Path, *overrides: str, superlink: str | None = None) -> Pa
 def submit(settings: RunSettings, superlink: str | None) -> Path:
     """Check settings as far as it costs nothing, then run them."""
     # Imported here: the catalogue needs torch, and `rankfit presets` should not wait for it.
-    from rankfit.strategies.catalogue import find
+    from rankfit.strategies.methods import find
 
     find(settings.method.name)
     directory = Path(settings.run.directory).expanduser()

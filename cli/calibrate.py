@@ -12,7 +12,7 @@ from rankfit.cli.estimate import Format, write
 from rankfit.configs.settings import ConfigError
 
 if TYPE_CHECKING:
-    from rankfit.estimator.profile import Profile
+    from rankfit.estimator.calibration import Profile
 
 _COLUMNS = ("term", "value", "source")
 
@@ -60,8 +60,7 @@ def measured() -> "Profile":
     """
     import torch
 
-    from rankfit.estimator.calibration import Term
-    from rankfit.estimator.profile import Profile
+    from rankfit.estimator.calibration import Profile, Term
 
     properties = torch.cuda.get_device_properties(0)
     matrix = torch.ones(512, 512, device="cuda")

@@ -14,10 +14,10 @@ from rich.table import Table
 from rankfit.cli import plots
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError, RunSettings
-from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.device_report import DeviceReport
 
 if TYPE_CHECKING:
-    from rankfit.estimator.fit import Estimator
+    from rankfit.estimator.plan_search import Estimator
 
 MIB = 2**20
 
@@ -165,12 +165,11 @@ def _report(name: str, entry: Mapping[str, Any]) -> DeviceReport:
 def make_estimator(settings: RunSettings, kind: str | None = None) -> "Estimator":
     """Estimator of a run from the model's config alone; its traces are kept on disk."""
     # Imported here: the other commands should not wait for torch.
-    from rankfit.estimator.fit import Estimator
-    from rankfit.estimator.store import TraceStore
-    from rankfit.estimator.tracer import TraceCache
-    from rankfit.strategies.catalogue import find
+    from rankfit.estimator.plan_search import Estimator
+    from rankfit.estimator.tracer import TraceCache, TraceStore
     from rankfit.strategies.method import configured, with_head_moment
-    from rankfit.tasks.models import load_config
+    from rankfit.strategies.methods import find
+    from rankfit.tasks.base_model import load_config
 
     rates = configured(find(settings.method.name), settings).rates
     config = load_config(settings.model, labels=settings.data.classes or 2)
@@ -186,8 +185,7 @@ def make_estimator(settings: RunSettings, kind: str | None = None) -> "Estimator
 
 def plan_records(estimator: "Estimator", reports: Sequence[DeviceReport]) -> list[dict[str, Any]]:
     """Plan for each device as a record with kebab-case keys; figures in bytes."""
-    from rankfit.estimator.fit import Estimate
-    from rankfit.estimator.search import Step
+    from rankfit.estimator.plan_search import Estimate, Step
 
     records: list[dict[str, Any]] = []
     for report in reports:
@@ -238,7 +236,7 @@ def _rejected(estimator: Any, report: DeviceReport, steps: Sequence[Any]) -> lis
 
 def _inputs(kind: str, config: Mapping[str, Any], length: int) -> tuple[Any, ...]:
     """Batch of one sample, from the model's config alone."""
-    from rankfit.estimator.spec import InputSpec
+    from rankfit.estimator.step_spec import InputSpec
 
     language = kind in ("causal-lm", "seq2seq-lm")
     labels = InputSpec("labels", (length,) if language else (), "int64")

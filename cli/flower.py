@@ -1,9 +1,4 @@
-"""Running the app through Flower's own command, on a SuperLink of one's own or a given one.
-
-A simulation gets a SuperLink that lives as long as the run: on free ports, with a home of its own.
-Flower's managed one outlives the command and keeps the environment of whoever started it first, so
-a second project on the machine would run in the wrong virtual environment.
-"""
+"""Running the app through Flower's own command, on a SuperLink of one's own or a given one."""
 
 import json
 import logging
@@ -17,15 +12,49 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import tomli_w
 
 import rankfit
-from rankfit.cli.processes import end_marked
 from rankfit.configs.settings import RunSettings, to_flat
+
+
+def marked(variable: str, mark: str) -> list[psutil.Process]:
+    """Processes of this user whose environment holds ``variable=mark``."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(variable) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            continue
+    return found
+
+
+def end_marked(variable: str, mark: str, grace: float) -> None:
+    """End all marked processes, also those that the ending ones start meanwhile."""
+    for _ in range(5):
+        left = marked(variable, mark)
+        if not left:
+            return
+        end(left, grace)
+
+
+def end(processes: Sequence[psutil.Process], grace: float) -> None:
+    """Terminate processes by id, and kill those that are still there after ``grace`` seconds."""
+    left = list(processes)
+    for act in (psutil.Process.terminate, psutil.Process.kill):
+        for process in left:
+            try:
+                act(process)
+            except psutil.NoSuchProcess:
+                continue
+        _, left = psutil.wait_procs(left, timeout=grace)
+
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,14 @@ from rich.table import Table
 from rankfit import __version__
 from rankfit.cli import api, estimate, node
 from rankfit.cli.calibrate import calibrate
+from rankfit.cli.checkpoints import evaluate, export, generate
 from rankfit.cli.compare import compare
-from rankfit.cli.evaluate import evaluate
-from rankfit.cli.export import export
 from rankfit.cli.flower import FlowerError
-from rankfit.cli.generate import generate
 from rankfit.cli.memory_report import memory_report
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError, to_flat
-from rankfit.tasks.raw import DataError
-from rankfit.tasks.sources import ModelError
+from rankfit.tasks.model_sources import ModelError
+from rankfit.tasks.readers import DataError
 
 app = typer.Typer(
     add_completion=False,
@@ -98,7 +96,7 @@ def settings(
 @app.command()
 def methods() -> None:
     """List the catalogue of methods."""
-    from rankfit.strategies.catalogue import methods as catalogue
+    from rankfit.strategies.methods import methods as catalogue
 
     table = Table("method", "what it does", "can be left out", "source")
     for name, method in sorted(catalogue().items()):

@@ -10,11 +10,11 @@ import typer
 
 from rankfit.cli.estimate import Format, write
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
+from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
-from rankfit.estimator.report import DeviceReport
 
 if TYPE_CHECKING:
-    from rankfit.estimator.fit import Estimator
+    from rankfit.estimator.plan_search import Estimator
     from rankfit.estimator.trace import Breakdown
 
 MIB = 2**20
@@ -89,12 +89,12 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
         If the run's model or data cannot be read.
     """
     # Imported here: the other commands should not wait for torch.
-    from rankfit.estimator.fit import Estimator, inputs_of
     from rankfit.estimator.memory import tail_ranks
+    from rankfit.estimator.plan_search import Estimator, inputs_of
     from rankfit.estimator.tracer import TraceCache
     from rankfit.strategies.method import with_head_moment
-    from rankfit.tasks.catalogue import load_task
-    from rankfit.tasks.models import load_config
+    from rankfit.tasks import load_task
+    from rankfit.tasks.base_model import load_config
 
     try:
         task = load_task(settings)
@@ -122,7 +122,7 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
 def _estimated(
     estimator: "Estimator", report: DeviceReport, plan: Plan, tails: Mapping[str, int]
 ) -> "Breakdown":
-    from rankfit.estimator.search import Step
+    from rankfit.estimator.plan_search import Step
 
     step = Step.of(plan)
     footprint = estimator.footprint(report, step, plan.ranks, any(tails.values()))
@@ -134,7 +134,7 @@ def _measured(
 ) -> dict[str, int]:
     """Bytes of the components of the plan's step, trained here on real tensors."""
     from rankfit.estimator.components import measure_components
-    from rankfit.estimator.search import Step
+    from rankfit.estimator.plan_search import Step
 
     step = Step.of(plan)
     footprint = estimator.footprint(report, step, plan.ranks, any(tails.values()))

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from rankfit.client.place import Place
+    from rankfit.client.worker_registry import Place
 
 app = typer.Typer(invoke_without_command=True, help="Workers of this machine's SuperNodes.")
 
@@ -20,7 +20,7 @@ def node(
 ) -> None:
     """List the workers that keep a model for a SuperNode, or end them."""
     # Imported here: it needs Unix, and the rest of the command does not.
-    from rankfit.client.place import PlaceError, places, stop
+    from rankfit.client.worker_registry import PlaceError, places, stop
 
     try:
         found = places()

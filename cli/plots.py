@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankfit.configs.settings import ConfigError
-from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.device_report import DeviceReport
 
 if TYPE_CHECKING:
-    from rankfit.estimator.fit import Estimator
+    from rankfit.estimator.plan_search import Estimator
 
 MIB = 2**20
 #: Devices of a curve.
@@ -51,7 +51,7 @@ def plot(estimator: "Estimator", report: DeviceReport, path: Path) -> None:
 
 def rank_by_memory(estimator: "Estimator", report: DeviceReport) -> tuple[list[int], list[int]]:
     """Memory sizes in bytes, and the largest rank that each allows; links and time set apart."""
-    from rankfit.estimator.fit import Estimate
+    from rankfit.estimator.plan_search import Estimate
 
     cap, least = estimator.settings.lora.rank, min(estimator.needs(report).values())
     most = estimator.footprint(report, estimator.steps[0]).expected(cap, 0, 2**62)

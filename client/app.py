@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, cast
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from rankfit.adapters.held import Arrays, fill_in
+from rankfit.adapters.delta import Arrays, fill_in
 from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.device import Held, device_report
-from rankfit.client.request import Answer, Kind, Request
+from rankfit.client.worker_protocol import Answer, Kind, Request
 from rankfit.configs.settings import RunSettings, from_flat
-from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.device_report import DeviceReport
 
 if TYPE_CHECKING:
-    from rankfit.client.place import Order
+    from rankfit.client.worker_registry import Order
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def capabilities(message: Message, context: Context) -> Message:
     if order is None:
         report = _report(context, _own())
     else:
-        from rankfit.client import messenger
+        from rankfit.client import worker_proxy as messenger
 
         messenger.make_room(order)
         report = _report(context, messenger.held(order))
@@ -66,7 +66,7 @@ def finish(message: Message, context: Context) -> Message:
     """The run is over for this client: its worker ends, if it has one."""
     order = _order(context)
     if order is not None:
-        from rankfit.client import messenger
+        from rankfit.client import worker_proxy as messenger
 
         messenger.finish(order)
     return Message(RecordDict(), reply_to=message)
@@ -97,13 +97,13 @@ def _perform(kind: Kind, message: Message, context: Context) -> Answer:
     """Do what a message asks: in the worker, or here."""
     order = _order(context)
     if order is not None:
-        from rankfit.client import messenger
+        from rankfit.client import worker_proxy as messenger
 
         report = _report(context, messenger.held(order))
         return messenger.ask(order, _request(kind, message, context, report), report.uuid)
     report = _report(context)
     _see_only(report)
-    from rankfit.client.perform import perform
+    from rankfit.client.request_handler import perform
     from rankfit.client.workspace import workspace
 
     space = workspace(_settings(context), _data_path(context))
@@ -157,8 +157,7 @@ def _order(context: Context) -> "Order | None":
     settings = _settings(context)
     if not _warm(settings, context):
         return None
-    from rankfit.client.place import Order
-    from rankfit.client.watched import Watched
+    from rankfit.client.worker_registry import Order, Watched
 
     return Order(
         run_id=context.run_id,

@@ -10,7 +10,7 @@ from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.host import Memory, host_memory, processor_name
 from rankfit.client.nvml import Gpu, NoGpu, find_gpu, find_gpus
 from rankfit.configs.settings import Fleet, RunSettings, Scalar, split_numbers
-from rankfit.estimator.report import Accelerator, DeviceReport, Source
+from rankfit.estimator.device_report import Accelerator, DeviceReport, Source
 
 MIB = 2**20
 

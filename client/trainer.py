@@ -1,12 +1,8 @@
-"""Local training of one client in one round, at the true ranks of its plan.
-
-Runs without Flower. Out of memory is not an error here: the trainer frees what it holds, halves the
-micro-batch, then the rank, and trains again; the update says what it fell back to.
-"""
+"""Local training of one client in one round, at the true ranks of its plan."""
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,13 +12,12 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from rankfit.adapters.rates import Rates
-from rankfit.adapters.state import Adapter
-from rankfit.client.losses import Loss, plain, prior_adjusted
-from rankfit.client.meters import meter_of
-from rankfit.client.moments import kept_moments, recall
-from rankfit.client.penalties import (
+from rankfit.adapters.adapter import Adapter
+from rankfit.adapters.rates import WHOLE, Rates
+from rankfit.client.memory_meter import meter_of
+from rankfit.client.regularizers import (
     Penalty,
     Proximal,
     RankDecay,
@@ -30,13 +25,13 @@ from rankfit.client.penalties import (
     cut_state,
     pruned_rank,
 )
-from rankfit.client.store import ClientStore
-from rankfit.client.workspace import Workspace
-from rankfit.configs.rates import learning_rate
-from rankfit.configs.seeds import derive
-from rankfit.configs.settings import RunSettings
+from rankfit.client.workspace import ClientStore, Workspace
+from rankfit.configs.settings import RunSettings, derive, learning_rate
 from rankfit.estimator.plan import Plan
-from rankfit.tasks.adapted import (
+from rankfit.tasks.base_model import DTYPES, eject, inject
+from rankfit.tasks.fisher import fisher_scores
+from rankfit.tasks.lora import (
+    TAIL,
     checkpointing,
     chunks,
     free_cache,
@@ -47,10 +42,91 @@ from rankfit.tasks.adapted import (
     read_state,
     train_only,
 )
-from rankfit.tasks.importance import fisher_scores
-from rankfit.tasks.inject import TAIL
-from rankfit.tasks.models import DTYPES, eject, inject
 from rankfit.tasks.optimizers import build_optimizer
+
+#: (model, batch with labels) → mean loss over the batch.
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+def plain(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The model's own loss: cross entropy, of a regression the squared error."""
+    loss: Tensor = model(**inputs).loss
+    return loss
+
+
+def prior_adjusted(labels: Tensor, classes: int, weight: float) -> Loss:
+    """Cross entropy of logits + τ·log π, π the client's own label prior (arXiv:2007.07314).
+
+    A client that holds few classes then does not push down the logits of all others. One sample
+    is added to each class, so that a class it lacks keeps a finite prior.
+
+    Parameters
+    ----------
+    labels : Tensor
+        Labels of all the client's training samples, (n,) int64.
+    weight : float
+        τ.
+    """
+    counts = torch.bincount(labels, minlength=classes).float() + 1
+    shift = weight * (counts / counts.sum()).log()  # (classes,)
+
+    def loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        logits = model(**{n: t for n, t in inputs.items() if n != "labels"}).logits
+        return cross_entropy(logits.float() + shift.to(logits.device), inputs["labels"])
+
+    return loss
+
+
+#: Keys of a parameter's state in torch's AdamW.
+_STEP, _FIRST, _SECOND = "step", "exp_avg", "exp_avg_sq"
+#: Before the names of the counts of steps, among the kept tensors.
+_STEPS = "steps/"
+
+
+def recall(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    kept: Mapping[str, Tensor],
+) -> None:
+    """Let an AdamW that has not stepped yet go on from kept second moments.
+
+    A parameter whose shape has changed, because its plan's rank did, begins anew.
+
+    Parameters
+    ----------
+    parameters : Mapping[str, nn.Parameter]
+        By the names that they are saved by.
+    kept : Mapping[str, Tensor]
+        What :func:`kept_moments` gave; empty in the first round. On the CPU its second moments are
+        taken over, not copied: the estimate has no place for a second set.
+    """
+    groups = optimizer.param_groups
+    whole = {id(each) for group in groups if group.get(WHOLE) for each in group["params"]}
+    for name, parameter in parameters.items():
+        second = kept.get(name)
+        expected = torch.Size() if id(parameter) in whole else parameter.shape
+        if second is None or second.shape != expected:
+            continue
+        # A fused kernel reads the count on the parameter's device, the others on the CPU.
+        fused = bool(optimizer.defaults.get("fused"))
+        place = parameter.device if fused else torch.device("cpu")
+        optimizer.state[parameter] = {
+            _STEP: kept[_STEPS + name].to(place, copy=True),
+            _FIRST: torch.zeros_like(parameter),
+            _SECOND: second.to(parameter),
+        }
+
+
+def kept_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Second moments and counts of steps of the parameters that have moved."""
+    kept = {}
+    for name, parameter in parameters.items():
+        if state := optimizer.state.get(parameter):
+            kept[name], kept[_STEPS + name] = state[_SECOND], state[_STEP]
+    return kept
+
 
 log = logging.getLogger(__name__)
 

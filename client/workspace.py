@@ -1,34 +1,105 @@
-"""What a client process keeps between messages: the task, its partitions and the frozen base.
+"""What a client keeps between messages: the task and the frozen base, and files of its own."""
 
-A simulation serves many clients from one process, and all of them share it; an adapter is put into
-the base for one training and taken out again, and nothing of one client is left for the next.
-"""
-
+import hashlib
 import logging
+import os
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import cast
+from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankfit.client.group import Group
-from rankfit.client.store import ClientStore
+from rankfit.client.data_parallel import Group
 from rankfit.configs.learning import QUANTIZED
 from rankfit.configs.settings import RunSettings
-from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import (
-    fingerprint,
-    load_base,
-    lower_base,
-    shared_heads,
-    whole_modules,
-)
+from rankfit.tasks import load_task
+from rankfit.tasks.base_model import fingerprint, load_base, lower_base, shared_heads, whole_modules
 from rankfit.tasks.partition import alike, partition_of
 from rankfit.tasks.task import Task
+
+#: Rounds kept: a resumed run can go back behind those that its last checkpoint lacks.
+KEPT = 3
+_NAME = re.compile(r"round-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class ClientStore:
+    """Tensors of one client and one kind: its heads, or its optimizer's moments.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when the first tensors are kept.
+    run : str
+        Identity of the run: tensors of others are not seen, and go when new ones are kept (empty =
+        those of any run are seen).
+    """
+
+    folder: Path
+    run: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        settings: RunSettings,
+        kind: Literal["heads", "moments"],
+        partition: int | None,
+        data_path: str | None,
+        run: str = "",
+    ) -> "ClientStore":
+        """The store of the client that holds a partition, or a folder of its own."""
+        root = Path(settings.run.directory).expanduser() / settings.run.name / kind
+        if kind == "heads" and settings.head.directory:
+            root = Path(settings.head.directory).expanduser()
+        name = "node" if partition is None else f"partition-{partition}"
+        if data_path is not None:
+            place = str(Path(data_path).expanduser().absolute())
+            name += "-" + hashlib.sha256(place.encode()).hexdigest()[:12]
+        return cls(root / name, run)
+
+    def load(self, before: int) -> dict[str, Tensor] | None:
+        """The newest tensors of a round below ``before``; None if there are none."""
+        rounds = [n for n in self._rounds() if n < before and self._own(n)]
+        return load_file(self._file(max(rounds))) if rounds else None
+
+    def save(self, server_round: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a round; later ones belong to rounds that are trained anew."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{server_round}.partial"
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, partial, metadata={"run": self.run})
+        os.replace(partial, self._file(server_round))
+        rounds = self._rounds()
+        earlier = [number for number in rounds if number <= server_round and self._own(number)]
+        for number in rounds:
+            if number not in earlier[-KEPT:]:
+                self._file(number).unlink(missing_ok=True)
+
+    def _rounds(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(item.name) for item in self.folder.iterdir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def _own(self, server_round: int) -> bool:
+        if not self.run:
+            return True
+        with safe_open(self._file(server_round), "pt") as file:
+            return (file.metadata() or {}).get("run") == self.run
+
+    def _file(self, server_round: int) -> Path:
+        return self.folder / f"round-{server_round:05d}.safetensors"
+
 
 log = logging.getLogger(__name__)
 

@@ -1,19 +1,49 @@
 """The settings of what is learnt: task, model, data, partition, head and local training."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rankfit.configs.table import (
-    Count,
-    Fraction,
-    NonNegative,
-    PositiveFloat,
-    PositiveInt,
-    Share,
-    Table,
-    split_list,
-)
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Split comma-separated text; blanks around items and empty items are dropped."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def split_numbers(text: str, key: str) -> tuple[float, ...]:
+    """Split comma-separated numbers.
+
+    Raises
+    ------
+    ValueError
+        If an item is not a number.
+    """
+    try:
+        return tuple(float(item) for item in split_list(text))
+    except ValueError as error:
+        raise ValueError(f"{key}: expected comma-separated numbers, got {text!r}") from error
+
+
+def kebab(name: str) -> str:
+    """Write a field's name as the run config does."""
+    return name.replace("_", "-")
+
+
+class Table(BaseModel):
+    """One table of the run config; frozen, unknown keys refused, keys in kebab-case."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True
+    )
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 #: Choices that the estimator's step spec and the loading of models share with the settings.
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -202,7 +232,7 @@ class Train(Table):
     gradient_checkpointing: bool = False
     #: Intra-op CPU threads per client process.
     threads: PositiveInt = 1
-    #: Learning rate over the rounds: see :mod:`rankfit.configs.rates`.
+    #: Learning rate over the rounds: see :mod:`rankfit.configs.settings`.
     schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
     #: Rounds that the schedule spans (0 = ``run.rounds``, also when that is raised on a resume).
     schedule_rounds: Count = 0

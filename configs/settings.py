@@ -1,11 +1,8 @@
-"""The typed settings of a run: one frozen model per table of the run config.
-
-A run config is flat for Flower (``train.batch-size = 32``) and nested here
-(``settings.train.batch_size``). :func:`from_flat` and :func:`to_flat` are exact inverses. Lists are
-comma-separated text because Flower's run config holds only str, int, float and bool.
-"""
+"""The typed settings of a run: one frozen model per table of the run config; seeds and rates."""
 
 import difflib
+import hashlib
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
@@ -14,21 +11,19 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from rankfit.configs.learning import (
     BITS,
     TORCH_ADAMW,
+    Count,
     Data,
+    Fraction,
     Head,
     Model,
-    Partition,
-    Task,
-    Train,
-)
-from rankfit.configs.table import (
-    Count,
-    Fraction,
     NonNegative,
+    Partition,
     PositiveFloat,
     PositiveInt,
     Share,
     Table,
+    Task,
+    Train,
     kebab,
     split_list,
     split_numbers,
@@ -372,3 +367,35 @@ def _explain(error: ValidationError) -> str:
         shown = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
         lines.append(f"{key}: {message}{shown}")
     return "; ".join(lines)
+
+
+def derive(seed: int, *parts: str | int) -> int:
+    """Return a seed of 40 bits for one purpose: equal parts give equal draws on every machine.
+
+    40 bits leave room for callers that number streams of their own below it.
+    """
+    text = "/".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:5], "big")
+
+
+def learning_rate(settings: RunSettings, server_round: int) -> float:
+    """Rate of a round (from 1): ``train.learning-rate`` times the schedule's factor.
+
+    With T rounds, W of warm-up, and p = (t − 1 − W)/(T − W) in [0, 1): constant 1;
+    linear 1 − (1 − floor)·p; cosine floor + (1 − floor)·(1 + cos πp)/2; step factor^⌊(t − 1 −
+    W)/step⌋. Warm-up: t/(W + 1). After T rounds the rate stays where it ended.
+    """
+    train = settings.train
+    warm_up, total = train.schedule_warm_up, train.schedule_rounds or settings.run.rounds
+    if server_round <= warm_up:
+        return train.learning_rate * server_round / (warm_up + 1)
+    done = server_round - 1 - warm_up
+    progress = min(1.0, done / max(1, total - warm_up))
+    floor = train.schedule_floor
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - (1 - floor) * progress,
+        "cosine": floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2,
+        "step": train.schedule_factor ** (done // train.schedule_step),
+    }[train.schedule]
+    return train.learning_rate * factor

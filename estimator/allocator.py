@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankfit.estimator.native import Array, native_replay
+from rankfit.estimator.native_allocator import Array, native_replay
 
 MIB = 2**20
 ROUND = 512

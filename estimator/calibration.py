@@ -1,14 +1,18 @@
-"""What a trace cannot know: bytes that libraries and the driver take beside the tensors.
+"""What a trace cannot know: terms of libraries and driver, GPU profiles, and corrections."""
 
-Every term has a value, a source and a setting of its own; nothing else in the estimate is fitted.
-"""
-
+import logging
 import os
 import re
-from dataclasses import dataclass
-from typing import Self
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
 
-from rankfit.estimator.report import DeviceReport
+import tomli_w
+
+from rankfit.configs.settings import ConfigError
+from rankfit.estimator.device_report import DeviceReport
 
 MIB = 2**20
 
@@ -116,3 +120,137 @@ def workspace_bytes(config: str) -> int:
         )
     numbers = [int(text) for text in config.split(":")[1:]]
     return sum(s * c * 1024 for s, c in zip(numbers[::2], numbers[1::2], strict=True))
+
+
+#: Term → field of :class:`Calibration`.
+_FIELDS = {
+    "cublas-workspace": "cublas_workspace",
+    "cublas-workspace-sm90": "cublas_workspace",
+    "attention-scratch": "attention_scratch",
+    "cuda-context": "context",
+    "nccl-communicator": "communicator",
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Terms that replace those of the table, for devices of one kind.
+
+    Attributes
+    ----------
+    name, compute_capability : str
+        Of the GPUs that it holds for; "" = any.
+    terms : Mapping[str, Term]
+        By the names of :data:`~rankfit.estimator.calibration.TERMS`.
+    """
+
+    name: str = ""
+    compute_capability: str = ""
+    terms: Mapping[str, Term] = field(default_factory=dict)
+
+    def calibration(self, report: DeviceReport) -> Calibration:
+        """Terms for a device: the table's, with those of this profile in their place."""
+        terms = Calibration.of(report)
+        if not self.covers(report):
+            return terms
+        sm90 = report.compute_capability.partition(".")[0] == "9"
+        for name, term in self.terms.items():
+            if name == ("cublas-workspace" if sm90 else "cublas-workspace-sm90"):
+                continue
+            if name == "nccl-communicator" and report.group_size == 1:
+                continue
+            terms = replace(terms, **{_FIELDS[name]: term.value})
+        return terms
+
+    def covers(self, report: DeviceReport) -> bool:
+        """Whether the profile holds for a device; never for a CPU."""
+        return (
+            report.accelerator == "cuda"
+            and self.name in ("", report.name)
+            and self.compute_capability in ("", report.compute_capability)
+        )
+
+    @classmethod
+    def load(cls, path: str) -> Self:
+        """Read a profile; "" = none, the table's terms everywhere.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read, or a term is unknown or no number of bytes.
+        """
+        if not path:
+            return cls()
+        try:
+            record = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"plan.calibration {path!r} cannot be read: {error}") from error
+        terms = {name: _term(path, name, entry) for name, entry in record.get("terms", {}).items()}
+        return cls(str(record.get("name", "")), str(record.get("compute-capability", "")), terms)
+
+    def save(self, path: Path) -> None:
+        """Write the profile, so that it can be edited by hand."""
+        terms = {n: {"value": t.value, "source": t.source} for n, t in self.terms.items()}
+        record = {"name": self.name, "compute-capability": self.compute_capability, "terms": terms}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(tomli_w.dumps(record), encoding="utf-8")
+
+
+def _term(path: str, name: str, entry: Any) -> Term:
+    if name not in TERMS:
+        raise ConfigError(
+            f"plan.calibration {path!r}: unknown term {name!r}; expected one of {', '.join(TERMS)}"
+        )
+    value = entry.get("value") if isinstance(entry, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(
+            f"plan.calibration {path!r}: the value of {name} is {value!r}; expected a whole number "
+            "of bytes, 0 or more"
+        )
+    return Term(name, value, str(entry.get("source", "set by hand")))
+
+
+log = logging.getLogger(__name__)
+
+#: Corrections are whole multiples of it, and an excess of less than one is none: what a step takes
+#: varies by some hundred bytes of counters, and two runs of one seed must make the same plans.
+GRAIN = 16 * 1024
+
+
+def kind_of(report: DeviceReport) -> str:
+    """Kind of device whose errors are alike: accelerator, product, compute capability."""
+    return " ".join((report.accelerator, report.name, report.compute_capability)).strip()
+
+
+class Corrections:
+    """Largest excess of a measured peak over the estimate, by kind of device.
+
+    Only an excess is kept: a peak below the estimate means that the data were shorter than the
+    largest batch, not that the device needs less.
+    """
+
+    def __init__(self) -> None:
+        self._excess: dict[str, int] = {}
+
+    def extra_bytes(self, report: DeviceReport) -> int:
+        """Bytes to keep free on a device beside its estimate."""
+        return self._excess.get(kind_of(report), 0)
+
+    def learn(self, report: DeviceReport, expected_bytes: int, measured_bytes: int) -> None:
+        """Take in the measured peak of one update that trained its whole plan."""
+        excess, kind = measured_bytes - expected_bytes, kind_of(report)
+        excess = -(-excess // GRAIN) * GRAIN if excess >= GRAIN else 0
+        if excess > self._excess.get(kind, 0):
+            self._excess[kind] = excess
+            log.info(
+                "%s takes up to %.2f MiB above its estimate, which is kept free from now on",
+                kind, excess / 2**20,
+            )  # fmt: skip
+
+    def state(self) -> dict[str, int]:
+        """What was learnt, for the checkpoint."""
+        return dict(self._excess)
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Take over what an interrupted run had learnt."""
+        self._excess = {kind: int(value) for kind, value in state.items()}

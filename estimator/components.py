@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rankfit.estimator.live import LiveMemory
-from rankfit.estimator.spec import StepSpec
+from rankfit.estimator.recording import LiveMemory
 from rankfit.estimator.step import Phase, build, empty_batch, run_steps
+from rankfit.estimator.step_spec import StepSpec
 
 
 def real_step(

@@ -17,8 +17,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from rankfit.estimator.solve import StepFamily, solve
-from rankfit.estimator.spec import StepSpec
+from rankfit.estimator.step_spec import StepSpec
+from rankfit.estimator.trace import StepFamily, solve
 
 log = logging.getLogger(__name__)
 

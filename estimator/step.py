@@ -10,12 +10,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from rankfit.estimator.optimizers import make_optimizer
-from rankfit.estimator.quantized import adapt, quantize
-from rankfit.estimator.spec import InputSpec, StepSpec
-from rankfit.tasks import models
-from rankfit.tasks.adapted import train_only
+from rankfit.estimator.meta_libraries import adapt, make_optimizer, quantize
+from rankfit.estimator.step_spec import InputSpec, StepSpec
+from rankfit.tasks import base_model as models
 from rankfit.tasks.kronecker import OUTER, wrap
+from rankfit.tasks.lora import train_only
 
 Phase = Literal["load", "forward", "backward", "optimizer"]
 

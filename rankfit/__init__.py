@@ -19,8 +19,8 @@ if (_ROOT / "pyproject.toml").is_file():
 _PUBLIC = {
     "RunSettings": "rankfit.configs.settings",
     "compose": "rankfit.configs.compose",
-    "DeviceReport": "rankfit.estimator.report",
-    "Adapter": "rankfit.adapters.state",
+    "DeviceReport": "rankfit.estimator.device_report",
+    "Adapter": "rankfit.adapters.adapter",
     "run": "rankfit.cli.api",
 }
 

@@ -6,8 +6,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from rankfit.configs.settings import from_flat
-from rankfit.server.logs import show_logs
 from rankfit.server.loop import federate
+from rankfit.server.reporting import show_logs
 
 app = ServerApp()
 

@@ -1,14 +1,16 @@
-"""Evaluation of the global adapter on the server's test split."""
+"""Evaluation of the global adapter on the server's test split, and importance scores there."""
 
 from collections.abc import Sequence
 
+import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from rankfit.adapters.state import Adapter
-from rankfit.configs.settings import RunSettings
-from rankfit.tasks.adapted import load_adapter, training_device
-from rankfit.tasks.models import eject, inject
+from rankfit.adapters.adapter import Adapter
+from rankfit.configs.settings import RunSettings, derive
+from rankfit.tasks.base_model import eject, inject
+from rankfit.tasks.fisher import fisher_scores
+from rankfit.tasks.lora import load_adapter, training_device
 from rankfit.tasks.task import Split, Task
 
 
@@ -57,3 +59,24 @@ class Evaluator:
             self._model, self._ranks = model.to(self.device), adapter.ranks
         load_adapter(self._model, adapter)
         return self._model
+
+
+class Importance:
+    """Measures Fisher scores of the global adapter on a probe set, drawn anew each time.
+
+    The probe set comes from the training split: nothing is ever chosen on the test split.
+    """
+
+    def __init__(self, settings: RunSettings, task: Task, evaluator: Evaluator) -> None:
+        self._settings = settings
+        self._task = task
+        self._evaluator = evaluator
+
+    def __call__(self, adapter: Adapter, server_round: int) -> dict[str, float]:
+        """Score of each module."""
+        count = len(self._task.train)
+        probe = min(self._settings.method.probe_samples or count, count)
+        seed = derive(self._settings.run.seed, "probe", server_round)
+        rows = np.random.default_rng(seed).choice(count, probe, replace=False)
+        model = self._evaluator.hold(adapter)
+        return fisher_scores(model, self._task.train, rows, self._evaluator.device)

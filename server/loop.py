@@ -11,34 +11,34 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from torch.utils.tensorboard import SummaryWriter
 
+from rankfit.adapters.adapter import Adapter, initial
 from rankfit.adapters.names import Moves
-from rankfit.adapters.state import Adapter, initial
-from rankfit.configs.seeds import derive
-from rankfit.configs.settings import RunSettings, split_list
-from rankfit.estimator.fit import Estimator, inputs_of
+from rankfit.configs.settings import RunSettings, derive, split_list
 from rankfit.estimator.plan import Plan
+from rankfit.estimator.plan_search import Estimator, inputs_of
 from rankfit.estimator.tracer import TraceCache
-from rankfit.server import tables
-from rankfit.server.evaluation import Evaluator
-from rankfit.server.holdings import Holdings
-from rankfit.server.importance import Importance
-from rankfit.server.logs import console
-from rankfit.server.report import write_report
-from rankfit.server.rundir import Checkpoint, RunDirectory
+from rankfit.server import reporting as tables
+from rankfit.server.evaluation import Evaluator, Importance
+from rankfit.server.reporting import Holdings, console, write_report
+from rankfit.server.run_directory import Checkpoint, RunDirectory
 from rankfit.strategies import messages
-from rankfit.strategies.catalogue import find
 from rankfit.strategies.fleet import exchange, in_order
-from rankfit.strategies.heterogeneous_lora import HeterogeneousLora
 from rankfit.strategies.method import configured
-from rankfit.strategies.outcome import Outcome, summarise
-from rankfit.strategies.planning import Planner
-from rankfit.tasks.adapted import head_tensors, target_shapes
-from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import fingerprint, load_base, shared_heads, target_modules
+from rankfit.strategies.methods import find
+from rankfit.strategies.planner import Planner
+from rankfit.strategies.strategy import HeterogeneousLora, Outcome, summarise
+from rankfit.tasks import load_task
+from rankfit.tasks.base_model import (
+    check_quantizable,
+    fingerprint,
+    load_base,
+    shared_heads,
+    target_modules,
+)
+from rankfit.tasks.lora import head_tensors, target_shapes
+from rankfit.tasks.metrics import pooled
+from rankfit.tasks.model_sources import resolve_source
 from rankfit.tasks.partition import partition_of
-from rankfit.tasks.quantized import check_quantizable
-from rankfit.tasks.scores import pooled
-from rankfit.tasks.sources import resolve_source
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.device_report import DeviceReport
 
 QUERY = "query.capabilities"
 FINISH = "query.finish"

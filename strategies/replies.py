@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rankfit.adapters.held import Prints
+from rankfit.adapters.adapter import Adapter
+from rankfit.adapters.delta import Prints
 from rankfit.adapters.merge import Update
-from rankfit.adapters.state import Adapter
 from rankfit.adapters.wire import WireType, decode_update
 from rankfit.estimator.plan import Plan
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rankfit.adapters.folding import join
-from rankfit.adapters.state import Adapter, Factors
+from rankfit.adapters.adapter import Adapter, Factors
+from rankfit.adapters.product_merges import join
 from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.plan import Plan
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankfit.adapters.state import Adapter, Factors
-from rankfit.tasks.sources import ModelError
+from rankfit.adapters.adapter import Adapter, Factors
+from rankfit.tasks.model_sources import ModelError
 
 INNER, OUTER, BASE = ".inner", ".outer", ".base"
 

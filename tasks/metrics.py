@@ -1,6 +1,7 @@
-"""Figures of classifiers and of regressions."""
+"""Figures of classifiers and regressions, pooled over groups and clients, with intervals."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,3 +117,116 @@ _CLASSES: dict[str, Figure] = {
     "mcc": _mcc,
 }
 _NUMBERS: dict[str, Figure] = {"pearson": _pearson, "spearman": _spearman, "mse": _mse}
+
+
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's interval of a share (Wilson 1927); it stays inside [0, 1], also at 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If ``total`` is 0, or ``right`` is not between 0 and it.
+    """
+    if total < 1 or not 0 <= right <= total:
+        raise ValueError(f"{right} right of {total}; expected 0 to {total}, of at least 1")
+    share = right / total
+    scale = 1 + _Z**2 / total
+    middle = (share + _Z**2 / (2 * total)) / scale
+    half = _Z / scale * (share * (1 - share) / total + _Z**2 / (4 * total**2)) ** 0.5
+    # At 0 and 1 the ends are exact; rounding must not leave them a hair outside.
+    return (max(0.0, middle - half) if right else 0.0), (
+        min(1.0, middle + half) if right < total else 1.0
+    )
+
+
+def of_mean(parts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Interval of the mean of independent shares, each (right, total).
+
+    The halves of the parts' Wilson intervals are joined as independent errors (MOVER, Zou and
+    Donner 2008), so that one part gives Wilson's own interval.
+
+    Raises
+    ------
+    ValueError
+        If there is no part, or one is no share.
+    """
+    if not parts:
+        raise ValueError("no parts; expected at least one (right, total)")
+    shares = [right / total for right, total in parts]
+    ends = [wilson(right, total) for right, total in parts]
+    mean = sum(shares) / len(parts)
+    low = sum((s - end[0]) ** 2 for s, end in zip(shares, ends, strict=True)) ** 0.5
+    high = sum((end[1] - s) ** 2 for s, end in zip(shares, ends, strict=True)) ** 0.5
+    return max(0.0, mean - low / len(parts)), min(1.0, mean + high / len(parts))
+
+
+#: Right and all examples of a group.
+Part = tuple[int, int]
+
+
+def scores(right: Sequence[bool], groups: Sequence[str], *, several: bool) -> dict[str, float]:
+    """Accuracy of each group and their mean, with 95 % intervals.
+
+    Parameters
+    ----------
+    right : Sequence[bool]
+        Of each example.
+    groups : Sequence[str]
+        Of each example.
+    several : bool
+        The data has more groups than one, though these examples may not.
+    """
+    found: defaultdict[str, list[bool]] = defaultdict(list)
+    for group, one in zip(groups, right, strict=True):
+        found[group].append(one)
+    return _figures({g: (sum(own), len(own)) for g, own in found.items()}, several=several)
+
+
+def pooled(replies: Iterable[Mapping[str, int | float]]) -> dict[str, float]:
+    """Metrics over clients, as if their examples lay in one place where that can be told.
+
+    Accuracies of groups are added up by group, and intervals are those of all examples; any other
+    metric that all clients have is its mean weighted by ``num-examples``.
+    """
+    usable = [metrics for metrics in replies if metrics.get("num-examples", 0) > 0]
+    if not usable:
+        return {}
+    total = sum(float(metrics["num-examples"]) for metrics in usable)
+    keys = set.intersection(*(set(metrics) for metrics in usable)) - {"num-examples"}
+    mean = {
+        key: sum(float(m[key]) * float(m["num-examples"]) for m in usable) / total
+        for key in sorted(keys)
+    }
+    groups = {key.rpartition(".")[0] for m in usable for key in m if key.endswith(".examples")}
+    if groups:
+        parts = {group: _part(usable, f"{group}.accuracy", f"{group}.examples") for group in groups}
+    elif {"accuracy", "low", "high"} <= keys:
+        parts = {"": _part(usable, "accuracy", "num-examples")}
+    else:
+        return mean
+    return mean | _figures(parts, several=bool(groups))
+
+
+def _part(replies: Iterable[Mapping[str, int | float]], accuracy: str, examples: str) -> Part:
+    having = [metrics for metrics in replies if examples in metrics]
+    right = sum(round(float(metrics[accuracy]) * float(metrics[examples])) for metrics in having)
+    return right, sum(int(metrics[examples]) for metrics in having)
+
+
+def _figures(parts: Mapping[str, Part], *, several: bool) -> dict[str, float]:
+    """Wilson's interval for a group, :func:`rankfit.tasks.metrics.of_mean` for the mean."""
+    low, high = of_mean(list(parts.values()))
+    accuracy = sum(right / total for right, total in parts.values()) / len(parts)
+    figures = {"accuracy": accuracy, "low": low, "high": high}
+    for group, (right, total) in sorted(parts.items()) if several else ():
+        ends = wilson(right, total)
+        figures |= {
+            f"{group}.accuracy": right / total,
+            f"{group}.low": ends[0],
+            f"{group}.high": ends[1],
+            f"{group}.examples": total,
+        }
+    return figures

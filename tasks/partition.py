@@ -8,8 +8,7 @@ from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 from numpy.typing import NDArray
 
-from rankfit.configs.seeds import derive
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import RunSettings, derive
 from rankfit.tasks.data import Examples
 
 Indices = NDArray[np.int64]

@@ -1,11 +1,12 @@
 """From a record of language data to text: one prompt, the same in training and evaluation."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rankfit.configs.settings import RunSettings
-from rankfit.tasks.raw import DataError
+from rankfit.tasks.readers import DataError
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -168,3 +169,57 @@ def _messages(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     if messages[-1][0] != "assistant":
         raise DataError("ends with a message of another role than assistant")
     return tuple(messages)
+
+
+#: Task by the name of its folder in LLM-Adapters, and the family of its answers.
+FAMILIES = {
+    "ARC-Challenge": "answer",
+    "ARC-Easy": "answer",
+    "boolq": "truth",
+    "hellaswag": "ending",
+    "openbookqa": "answer",
+    "piqa": "solution",
+    "social_i_qa": "answer",
+    "winogrande": "option",
+}
+_PATTERNS = {
+    "truth": "true|false",
+    "solution": "solution1|solution2",
+    "answer": "answer1|answer2|answer3|answer4|answer5",
+    "ending": "ending1|ending2|ending3|ending4",
+    "option": "option1|option2",
+}
+_FORMAT = re.compile(r"[Aa]nswer format:\s*(\w+(?:/\w+)+)")
+#: What stands before the answer in a record's output.
+PREFIX = "the correct answer is "
+
+
+def choices_of(instruction: str) -> tuple[str, ...]:
+    """Answers that an instruction allows, () if it names none."""
+    found = _FORMAT.findall(instruction)
+    return tuple(found[-1].split("/")) if found else ()
+
+
+def family_of(answer: str) -> str:
+    """Family of answers that one belongs to ("" = none)."""
+    return next((f for f, pattern in _PATTERNS.items() if re.fullmatch(pattern, answer)), "")
+
+
+def extract(text: str, expected: str) -> str:
+    """First answer of the expected one's family in what was written ("" = none)."""
+    family = family_of(expected)
+    found = re.search(_PATTERNS[family], text) if family else None
+    return found.group() if found else ""
+
+
+def task_of(record: Mapping[str, Any]) -> str:
+    """Kind of task of a record that does not name it, by its answer format.
+
+    ARC and OpenBookQA share one and cannot be told apart.
+    """
+    choices = choices_of(str(record.get("instruction") or ""))
+    family = family_of(choices[0]) if choices else ""
+    if family == "answer":
+        return "social_i_qa" if len(choices) == 3 else "multiple-choice"
+    names = {"truth": "boolq", "solution": "piqa", "ending": "hellaswag", "option": "winogrande"}
+    return names.get(family, "other")

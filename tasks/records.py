@@ -11,7 +11,7 @@ import numpy as np
 
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.prompts import as_passage
-from rankfit.tasks.raw import DataError, Raw, Rows
+from rankfit.tasks.readers import DataError, Raw, Rows
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankfit.configs.settings import Head, split_list
 from rankfit.tasks.kronecker import INNER, OUTER, wrapped
-from rankfit.tasks.sources import ModelError
+from rankfit.tasks.model_sources import ModelError
 
 #: Names of the attention's query and value projections, in the order they are looked for. PEFT's
 #: own table goes by model type and knows neither ViT nor DeiT nor the names of transformers 5.

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankfit.configs.settings import RunSettings, split_list
-from rankfit.tasks.adapted import chunks, free_cache, predict
 from rankfit.tasks.data import Dataset, Examples, known_labels, read_data
+from rankfit.tasks.lora import chunks, free_cache, predict
 from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
 
 log = logging.getLogger(__name__)

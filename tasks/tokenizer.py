@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rankfit.configs import settings as config_settings
-from rankfit.tasks.sources import ModelError, Source, resolve_source
+from rankfit.tasks.model_sources import ModelError, Source, resolve_source
 
 #: Models whose first positions are taken: position 0 of a text is number pad_token_id + 1.
 _OFFSET_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")

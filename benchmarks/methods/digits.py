@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 
 from benchmarks.methods import grid, side_by_side
 from benchmarks.methods.grid import Grid, Setting
-from rankfit.strategies.catalogue import methods
+from rankfit.strategies.methods import methods
 
 #: 12 clients, 4 a round, 4 steps of 16 samples. The global rank is 8; upload decides the ranks.
 SHARED = (

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine, write_record
-from rankfit.cli.comparison import Entry, finished, read_rounds, settings_of
+from rankfit.cli.compare import Entry, finished, read_rounds, settings_of
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import ConfigError, RunSettings
 
@@ -71,7 +71,7 @@ class Grid:
     name : str
         Of the results: ``methods-NAME.json``.
     methods : tuple of str
-        Rows, as :meth:`~rankfit.cli.comparison.Entry.parse` reads them.
+        Rows, as :meth:`~rankfit.cli.compare.Entry.parse` reads them.
     settings : tuple of Setting
         Columns.
     validation : Mapping[str, Setting]

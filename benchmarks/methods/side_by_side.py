@@ -22,21 +22,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from rankfit.adapters import names
-from rankfit.adapters.state import Adapter
+from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.wire import decode, encode_update
 from rankfit.client.app import app as client_app
-from rankfit.client.moments import kept_moments, recall
-from rankfit.client.penalties import Penalty, Proximal, RankDecay, add_all, cut_state, pruned_rank
+from rankfit.client.regularizers import (
+    Penalty,
+    Proximal,
+    RankDecay,
+    add_all,
+    cut_state,
+    pruned_rank,
+)
+from rankfit.client.trainer import kept_moments, recall
 from rankfit.client.workspace import Workspace
-from rankfit.configs.rates import learning_rate
-from rankfit.configs.seeds import derive
-from rankfit.configs.settings import ConfigError, RunSettings, to_flat
+from rankfit.configs.settings import ConfigError, RunSettings, derive, learning_rate, to_flat
 from rankfit.estimator.plan import Plan
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import federate
 from rankfit.strategies import messages
-from rankfit.tasks.adapted import chunks
-from rankfit.tasks.models import target_modules
+from rankfit.tasks.base_model import target_modules
+from rankfit.tasks.lora import chunks
 from rankfit.tasks.optimizers import build_optimizer
 
 

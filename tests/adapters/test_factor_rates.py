@@ -8,7 +8,7 @@ from torch import nn
 
 from rankfit.adapters import names
 from rankfit.adapters.rates import Rates
-from rankfit.strategies.catalogue import methods
+from rankfit.strategies.methods import methods
 
 RATE, STEP = 0.01, 4.0
 A, B, HEAD = names.a_name("layer"), names.b_name("layer"), names.head_name("classifier.weight")

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankfit.adapters.held import NotHeld, fill_in, leave_out, prints
-from rankfit.adapters.state import Adapter, Factors
+from rankfit.adapters.adapter import Adapter, Factors
+from rankfit.adapters.delta import NotHeld, fill_in, leave_out, prints
 from rankfit.adapters.wire import WireType, encode
 
 WIRES: list[WireType] = ["float32", "float16", "bfloat16", "int8"]

@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankfit.adapters import krylov, lowrank
-from rankfit.adapters.krylov import iterated
-from rankfit.adapters.lowrank import exact, strongest
-from rankfit.adapters.operator import Dense, Operator, Spectrum, Stack
-from rankfit.adapters.product import ProductSum
-from rankfit.adapters.state import Factors
+from rankfit.adapters import lowrank
+from rankfit.adapters import lowrank as krylov
+from rankfit.adapters.adapter import Factors
+from rankfit.adapters.lowrank import Dense, Operator, Spectrum, Stack, exact, iterated, strongest
+from rankfit.adapters.product_sum import ProductSum
 from tests.adapters.oracle import best
 
 #: Of the exact routes: distance from the best approximation, relative to it.

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankfit.adapters.mean_product import MeanChange, MeanProduct
+from rankfit.adapters.adapter import Adapter, Factors
 from rankfit.adapters.merge import (
     AverageFactors,
     Merge,
@@ -16,8 +16,8 @@ from rankfit.adapters.merge import (
     ZeroPadded,
     product_norm,
 )
-from rankfit.adapters.product import START_ROW_NORM, ProductSum, refactor
-from rankfit.adapters.state import Adapter, Factors
+from rankfit.adapters.product_merges import MeanChange, MeanProduct
+from rankfit.adapters.product_sum import START_ROW_NORM, ProductSum, refactor
 from tests.adapters.oracle import best
 
 MODULE = "layer.q"

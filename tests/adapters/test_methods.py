@@ -11,18 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfit.adapters.folding import AverageAndResidual, Stacked, compact, fold, join
-from rankfit.adapters.mean_product import STRONG, DampedChange, MeanChange, MeanProduct
-from rankfit.adapters.merge import (
-    AverageFactors,
-    Merge,
-    PaddedChange,
-    Update,
-    ZeroPadded,
+from rankfit.adapters.adapter import Adapter, Factors
+from rankfit.adapters.merge import AverageFactors, Merge, PaddedChange, Update, ZeroPadded
+from rankfit.adapters.product_merges import (
+    STRONG,
+    AverageAndResidual,
+    DampedChange,
+    MeanChange,
+    MeanProduct,
+    OwnersMean,
+    OwnersProduct,
+    Refactored,
+    Stacked,
+    compact,
+    fold,
+    join,
 )
-from rankfit.adapters.owners import OwnersMean, OwnersProduct
-from rankfit.adapters.refactored import Refactored
-from rankfit.adapters.state import Adapter, Factors
 from tests.adapters.oracle import best
 
 D, K, R, SCALE = 14, 11, 6, 2.5

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rankfit.cli import comparison
-from rankfit.cli.compare import here, run_all
-from rankfit.cli.comparison import Entry, Result
+from rankfit.cli import compare as comparison
+from rankfit.cli.compare import Entry, Result, here, run_all
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import ConfigError, RunSettings
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.cli.main import app
 from rankfit.configs.settings import ConfigError
-from rankfit.server.saved import SavedRun
+from rankfit.server.run_directory import SavedRun
 from tests.server.federation import run, settings_for
 
 SHORT = (

@@ -12,7 +12,7 @@ import pytest
 from rankfit.client import host
 from rankfit.client.device import device_report
 from rankfit.configs.settings import RunSettings, Scalar, from_flat
-from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.device_report import DeviceReport
 from tests.client.nvml_stub.driver import ROOT
 
 MIB = 2**20

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rankfit.client.store import ClientStore
+from rankfit.client.workspace import ClientStore
 from rankfit.configs.compose import compose
-from rankfit.server.rundir import WEIGHTS
-from rankfit.tasks.models import ModelError, inject, load_base, shared_heads, whole_modules
+from rankfit.server.run_directory import WEIGHTS
+from rankfit.tasks.base_model import ModelError, inject, load_base, shared_heads, whole_modules
 from tests.server.federation import run, settings_for
 from tests.server.test_loop import lines
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from rankfit.adapters.names import a_name, b_name, head_name
 from rankfit.adapters.rates import Rates
-from rankfit.client.moments import kept_moments, recall
+from rankfit.client.trainer import kept_moments, recall
 from rankfit.configs.settings import ConfigError
-from rankfit.server.rundir import WEIGHTS
+from rankfit.server.run_directory import WEIGHTS
 from rankfit.tasks.optimizers import build_optimizer
 from tests.server.federation import run, settings_for
 

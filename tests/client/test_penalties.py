@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankfit.client.losses import prior_adjusted
-from rankfit.client.penalties import Proximal, RankDecay, cut_state, pruned_rank
+from rankfit.client.regularizers import Proximal, RankDecay, cut_state, pruned_rank
+from rankfit.client.trainer import prior_adjusted
 
 A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
 

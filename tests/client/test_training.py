@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
+from rankfit.adapters.adapter import Adapter, initial
 from rankfit.adapters.rates import Rates
-from rankfit.adapters.state import Adapter, initial
 from rankfit.client.trainer import Job, train
 from rankfit.client.workspace import Workspace
 from rankfit.configs.settings import from_flat
-from rankfit.estimator.fit import Estimator, inputs_of
 from rankfit.estimator.plan import Plan
-from rankfit.tasks.adapted import target_shapes
-from rankfit.tasks.models import target_modules
+from rankfit.estimator.plan_search import Estimator, inputs_of
+from rankfit.tasks.base_model import target_modules
+from rankfit.tasks.lora import target_shapes
 from tests.estimator.small import device
 
 RECORDS = [

@@ -9,10 +9,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rankfit.client import workspace as workspace_module
-from rankfit.client.perform import perform
-from rankfit.client.request import Answer, Request
+from rankfit.client.request_handler import perform
+from rankfit.client.worker_protocol import Answer, Request
 from rankfit.client.workspace import Workspace
-from rankfit.tasks.models import load_base
+from rankfit.tasks.base_model import load_base
 from tests.client.workers import evaluate, settings, train
 
 

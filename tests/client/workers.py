@@ -11,16 +11,15 @@ from pathlib import Path
 
 import psutil
 
-from rankfit.adapters.state import Adapter, initial
+from rankfit.adapters.adapter import Adapter, initial
 from rankfit.adapters.wire import encode
-from rankfit.client.place import Order, Place, places, stop
-from rankfit.client.request import Request
-from rankfit.client.watched import Watched
+from rankfit.client.worker_protocol import Request
+from rankfit.client.worker_registry import Order, Place, Watched, places, stop
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings
 from rankfit.estimator.plan import Plan
-from rankfit.tasks.adapted import head_tensors, target_shapes
-from rankfit.tasks.models import fingerprint, head_modules, load_base, target_modules
+from rankfit.tasks.base_model import fingerprint, head_modules, load_base, target_modules
+from rankfit.tasks.lora import head_tensors, target_shapes
 
 #: Digits and the small ViT; one client has half of the data.
 SETTINGS = ("quickstart", "partition.kind=iid", "lora.rank=12")

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from rankfit.configs.rates import learning_rate
-from rankfit.configs.settings import from_flat
+from rankfit.configs.settings import from_flat, learning_rate
 
 
 def rates(rounds: int = 10, **train: object) -> list[float]:

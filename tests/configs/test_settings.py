@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from rankfit.configs import compose as composing
 from rankfit.configs.compose import compose, parse_override, preset_names, read_preset
 from rankfit.configs.flower_defaults import main as write_defaults
-from rankfit.configs.seeds import derive
 from rankfit.configs.settings import (
     ConfigError,
     RunSettings,
+    derive,
     from_flat,
     known_keys,
     split_list,

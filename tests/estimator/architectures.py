@@ -7,8 +7,8 @@ from typing import Any
 import transformers as hf
 from transformers import PreTrainedConfig
 
-from rankfit.estimator.spec import InputSpec, StepSpec, canonical
-from rankfit.tasks import models
+from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical
+from rankfit.tasks import base_model as models
 
 IMAGE, TEXT = "image-classification", "text-classification"
 CAUSAL, SEQ2SEQ = "causal-lm", "seq2seq-lm"

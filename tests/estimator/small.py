@@ -7,12 +7,11 @@ from transformers import BertConfig, PreTrainedConfig, ViTConfig
 
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.components import real_batch, real_step
-from rankfit.estimator.live import LiveMemory
-from rankfit.estimator.record import WORKSPACE, record
-from rankfit.estimator.report import DeviceReport
-from rankfit.estimator.spec import InputSpec, StepSpec, canonical
+from rankfit.estimator.device_report import DeviceReport
+from rankfit.estimator.recording import WORKSPACE, LiveMemory, record
 from rankfit.estimator.step import run_steps
-from rankfit.tasks import models
+from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical
+from rankfit.tasks import base_model as models
 
 MIB = 2**20
 IMAGE, TEXT = "image-classification", "text-classification"

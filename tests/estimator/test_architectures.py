@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.network import Payload
 from rankfit.estimator.tracer import TraceCache
-from rankfit.tasks import models
+from rankfit.tasks import base_model as models
 from rankfit.tasks.targets import weight_shape
 
 from .architectures import ARCHITECTURES, architecture_spec

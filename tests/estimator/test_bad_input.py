@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from rankfit.configs.settings import ConfigError, Model, from_flat
-from rankfit.estimator import record as recording
-from rankfit.estimator.fit import Estimator
-from rankfit.estimator.record import TraceError, record
-from rankfit.estimator.spec import InputSpec
+from rankfit.estimator import recording
+from rankfit.estimator.plan_search import Estimator
+from rankfit.estimator.recording import TraceError, record
+from rankfit.estimator.step_spec import InputSpec
 from rankfit.estimator.tracer import trace
-from rankfit.tasks.models import ModelError, load_config
+from rankfit.tasks.base_model import ModelError, load_config
 
 from .small import device, images, step_spec, vit_config
 

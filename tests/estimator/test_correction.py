@@ -1,4 +1,4 @@
-from rankfit.estimator.correction import GRAIN, Corrections, kind_of
+from rankfit.estimator.calibration import GRAIN, Corrections, kind_of
 
 from .small import MIB, device
 

@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankfit.estimator import native
+from rankfit.estimator import native_allocator as native
 from rankfit.estimator.allocator import Replay, replay, replay_fast
 from rankfit.estimator.depth import depth_of, place_of, shallow, solve_deep
-from rankfit.estimator.solve import StepFamily, solve
-from rankfit.estimator.store import TraceStore
-from rankfit.estimator.tracer import TraceCache
+from rankfit.estimator.trace import StepFamily, solve
+from rankfit.estimator.tracer import TraceCache, TraceStore
 
 from .architectures import deep_spec
 from .small import step_spec

@@ -6,9 +6,16 @@ import pytest
 
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.calibration import Calibration, workspace_bytes
-from rankfit.estimator.fit import Estimate, Estimator, NothingFits, inputs_of
 from rankfit.estimator.plan import Plan
-from rankfit.estimator.search import Step, halvings, steps
+from rankfit.estimator.plan_search import (
+    Estimate,
+    Estimator,
+    NothingFits,
+    Step,
+    halvings,
+    inputs_of,
+    steps,
+)
 from rankfit.estimator.tracer import TraceCache
 
 from .small import MIB, deit_small_config, device, images, real_peak, vit_config
@@ -311,7 +318,7 @@ def test_inputs_of_a_batch():
 
 def test_reports_and_plans_need_no_torch():
     code = (
-        "import sys, rankfit.estimator.report, rankfit.estimator.plan; "
+        "import sys, rankfit.estimator.device_report, rankfit.estimator.plan; "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=".")

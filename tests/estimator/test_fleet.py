@@ -7,8 +7,8 @@ import pytest
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.allocator import replay
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.fit import Estimate, Estimator
 from rankfit.estimator.memory import Footprint
+from rankfit.estimator.plan_search import Estimate, Estimator
 from rankfit.estimator.trace import Trace
 from rankfit.estimator.tracer import TraceCache
 

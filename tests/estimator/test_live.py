@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankfit.estimator.live import LiveMemory
+from rankfit.estimator.recording import LiveMemory
 
 
 def test_counts_storages_not_views():

@@ -7,8 +7,8 @@ import pytest
 
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.depth import solve_deep
-from rankfit.estimator.optimizers import LEAST_8BIT
-from rankfit.estimator.solve import solve
+from rankfit.estimator.meta_libraries import LEAST_8BIT
+from rankfit.estimator.trace import solve
 from rankfit.estimator.tracer import TraceCache
 
 from .architectures import architecture_spec, deep_spec

@@ -1,7 +1,7 @@
 import pytest
 
 from rankfit.estimator.network import Payload, rank_bound
-from rankfit.tasks import models
+from rankfit.tasks import base_model as models
 
 from .small import IMAGE, deit_small_config
 

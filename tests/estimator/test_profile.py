@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from rankfit.configs.settings import ConfigError, from_flat
-from rankfit.estimator.calibration import TERMS, Calibration, Term
-from rankfit.estimator.fit import Estimate, Estimator
-from rankfit.estimator.profile import Profile
+from rankfit.estimator.calibration import TERMS, Calibration, Profile, Term
+from rankfit.estimator.plan_search import Estimate, Estimator
 
 from .small import MIB, device, images, vit_config
 

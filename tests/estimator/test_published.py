@@ -5,9 +5,9 @@ import transformers
 
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.fit import Estimator
 from rankfit.estimator.memory import Footprint
-from rankfit.estimator.spec import InputSpec
+from rankfit.estimator.plan_search import Estimator
+from rankfit.estimator.step_spec import InputSpec
 from rankfit.estimator.trace import Trace
 
 from .small import MIB, device

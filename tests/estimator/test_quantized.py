@@ -17,16 +17,16 @@ from rankfit.configs.settings import from_flat
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.components import real_batch
 from rankfit.estimator.depth import solve_deep
-from rankfit.estimator.fit import Estimator
-from rankfit.estimator.live import LiveMemory
-from rankfit.estimator.solve import solve
-from rankfit.estimator.spec import InputSpec, StepSpec
+from rankfit.estimator.plan_search import Estimator
+from rankfit.estimator.recording import LiveMemory
 from rankfit.estimator.step import run_steps
+from rankfit.estimator.step_spec import InputSpec, StepSpec
+from rankfit.estimator.trace import solve
 from rankfit.estimator.tracer import TraceCache
-from rankfit.estimator.work import work_of
-from rankfit.tasks import models
-from rankfit.tasks.adapted import train_only
-from rankfit.tasks.quantized import quantization
+from rankfit.estimator.training_time import work_of
+from rankfit.tasks import base_model as models
+from rankfit.tasks.base_model import quantization
+from rankfit.tasks.lora import train_only
 
 from .architectures import architecture_spec, deep_spec
 from .small import device, recorded_peak, uneven

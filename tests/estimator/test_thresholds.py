@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.memory import Footprint
-from rankfit.estimator.thresholds import GRAIN, Thresholds
+from rankfit.estimator.memory import GRAIN, Footprint, Thresholds
 from rankfit.estimator.trace import Trace
 
 

@@ -6,12 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.record import record
-from rankfit.estimator.solve import TraceError, solve
-from rankfit.estimator.spec import StepSpec
-from rankfit.estimator.trace import Trace
+from rankfit.estimator.recording import record
+from rankfit.estimator.step_spec import StepSpec
+from rankfit.estimator.trace import Trace, TraceError, solve
 from rankfit.estimator.tracer import TraceCache, trace
-from rankfit.tasks.models import ModelError
+from rankfit.tasks.base_model import ModelError
 
 from .small import MIB, real_peak, recorded_peak, step_spec
 
@@ -171,7 +170,7 @@ def test_ranks_of_other_modules_are_refused():
 
 
 def test_a_step_without_closed_form_says_so(monkeypatch):
-    from rankfit.estimator import solve as tracer
+    from rankfit.estimator import trace as tracer
 
     def quadratic(spec: StepSpec, ranks, tail_ranks=None):
         recording = record(spec, ranks, tail_ranks)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from rankfit.configs.settings import from_flat
-from rankfit.estimator.fit import Estimate, Estimator, NothingFits
-from rankfit.estimator.work import Pace, Work, _count, even_rank, work_of
+from rankfit.estimator.plan_search import Estimate, Estimator, NothingFits
+from rankfit.estimator.training_time import Pace, Work, _count, even_rank, work_of
 
 from .architectures import deep_spec
 from .small import device, images, step_spec, vit_config

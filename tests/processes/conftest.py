@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rankfit.client.place import places
+from rankfit.client.worker_registry import places
 from tests.client.workers import Node, node
 
 

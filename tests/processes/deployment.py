@@ -25,9 +25,8 @@ from typing import Any
 
 import psutil
 
-from rankfit.cli import processes
-from rankfit.cli.flower import commands_first
-from rankfit.cli.processes import end, end_marked
+from rankfit.cli import flower as processes
+from rankfit.cli.flower import commands_first, end, end_marked
 
 ROOT = Path(__file__).resolve().parents[2]
 CONNECTION = "deployment"

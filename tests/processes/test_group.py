@@ -12,11 +12,11 @@ import numpy as np
 import psutil
 import pytest
 
-from rankfit.client import messenger
+from rankfit.client import worker_proxy as messenger
 from rankfit.client.accelerate_config import DataParallel
-from rankfit.client.perform import perform
-from rankfit.client.place import Order
-from rankfit.client.request import Request
+from rankfit.client.request_handler import perform
+from rankfit.client.worker_protocol import Request
+from rankfit.client.worker_registry import Order
 from rankfit.client.workspace import Workspace
 from tests.client.workers import (
     Node,
@@ -101,7 +101,7 @@ def test_a_process_that_dies_costs_one_update(device: Node) -> None:
 
 _MEETS = """
 import sys, torch
-from rankfit.client.group import Group, OtherFailed
+from rankfit.client.data_parallel import Group, OtherFailed
 what = sys.argv[1]
 group = Group.joined(cpu=True)
 told = "nothing"

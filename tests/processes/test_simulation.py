@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rankfit.cli.processes import end_marked, marked
+from rankfit.cli.flower import end_marked, marked
 from rankfit.configs.compose import compose
 from rankfit.server.loop import federate
 from tests.processes.deployment import ENVIRONMENT, command

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankfit.client import messenger
-from rankfit.client.frames import FrameError, receive_frame, send_frame
-from rankfit.client.perform import perform
-from rankfit.client.place import Place, PlaceError, Start, base_folder, places, stop
-from rankfit.client.request import Answer, Request
+from rankfit.client import worker_proxy as messenger
+from rankfit.client.request_handler import perform
+from rankfit.client.worker_protocol import Answer, FrameError, Request, receive_frame, send_frame
+from rankfit.client.worker_registry import Place, PlaceError, Start, base_folder, places, stop
 from rankfit.client.workspace import Workspace
 from tests.client.nvml_stub.driver import MIB, build, gpu
 from tests.client.workers import (
@@ -277,7 +276,7 @@ def test_a_worker_that_is_found_can_be_read(device: Node, monkeypatch: pytest.Mo
 
 def test_the_messenger_imports_no_torch() -> None:
     code = (
-        "import sys, rankfit.client.app, rankfit.client.messenger; "
+        "import sys, rankfit.client.app, rankfit.client.worker_proxy; "
         "print({'torch', 'transformers', 'peft', 'ray', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

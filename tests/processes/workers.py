@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import tomli_w
 
-from rankfit.client.place import Place
+from rankfit.client.worker_registry import Place
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings, to_flat
 from tests.processes.deployment import (
@@ -130,6 +130,6 @@ def federation(
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return any("rankfit.client.worker" in part for part in process.cmdline())
+        return any("rankfit.client.worker_process" in part for part in process.cmdline())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False

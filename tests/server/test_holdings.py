@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankfit.server.holdings import PARTITION, PLOT, Holdings
+from rankfit.server.reporting import PARTITION, PLOT, Holdings
 
 
 def test_a_partition_is_written_down_and_drawn(tmp_path: Path) -> None:

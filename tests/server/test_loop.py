@@ -14,12 +14,12 @@ from peft import PeftModel
 from rankfit.client import trainer
 from rankfit.configs.settings import ConfigError
 from rankfit.estimator.network import Payload
-from rankfit.server.rundir import RunDirectory
+from rankfit.server.run_directory import RunDirectory
 from rankfit.strategies import fleet
-from rankfit.strategies.catalogue import find, methods
-from rankfit.tasks.adapted import predict
-from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import head_modules, load_base, target_modules
+from rankfit.strategies.methods import find, methods
+from rankfit.tasks import load_task
+from rankfit.tasks.base_model import head_modules, load_base, target_modules
+from rankfit.tasks.lora import predict
 from tests.server.federation import Clock, Fault, FaultyGrid, run, settings_for
 
 VOLATILE = ("seconds", "train-seconds", "peak-memory-bytes")

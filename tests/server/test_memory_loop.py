@@ -13,7 +13,7 @@ from rankfit.configs.settings import RunSettings
 from rankfit.estimator.tracer import TraceCache
 from rankfit.server import loop
 from rankfit.server.loop import federate
-from rankfit.server.rundir import RunDirectory
+from rankfit.server.run_directory import RunDirectory
 from tests.server.federation import FaultyGrid, settings_for
 
 MIB = 2**20

@@ -12,11 +12,10 @@ from peft import PeftModel
 from rankfit.client import trainer
 from rankfit.configs.settings import ConfigError
 from rankfit.server.export import export
-from rankfit.server.saved import SavedRun
-from rankfit.tasks.adapted import predict
-from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.inject import TRAINED, inject
-from rankfit.tasks.models import load_base
+from rankfit.server.run_directory import SavedRun
+from rankfit.tasks import load_task
+from rankfit.tasks.base_model import load_base
+from rankfit.tasks.lora import TRAINED, inject, predict
 from tests.server.federation import run, settings_for
 from tests.server.test_loop import figures, lines
 

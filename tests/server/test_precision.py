@@ -9,10 +9,9 @@ import torch
 
 from rankfit.client import trainer
 from rankfit.configs.settings import ConfigError, from_flat
-from rankfit.estimator.fit import Estimator, inputs_of
-from rankfit.estimator.search import steps
-from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.models import ModelError, load_config
+from rankfit.estimator.plan_search import Estimator, inputs_of, steps
+from rankfit.tasks import load_task
+from rankfit.tasks.base_model import ModelError, load_config
 from tests.estimator.small import device
 from tests.server.federation import run, settings_for
 

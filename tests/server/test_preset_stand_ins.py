@@ -31,7 +31,7 @@ from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import build
-from rankfit.strategies.catalogue import find
+from rankfit.strategies.methods import find
 from tests.conftest import ROOT
 from tests.tasks.test_commonsense import RECORDS, record
 

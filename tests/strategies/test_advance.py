@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfit.adapters.folding import Stacked
-from rankfit.adapters.mean_product import MeanProduct
+from rankfit.adapters.adapter import Adapter, Factors
 from rankfit.adapters.merge import AverageFactors, Merge, Update
-from rankfit.adapters.state import Adapter, Factors
+from rankfit.adapters.product_merges import MeanProduct, Stacked
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
-from rankfit.strategies.advance import Advance
+from rankfit.strategies.server_update import Advance
 from tests.adapters.oracle import best
 
 D, K, R, SCALE = 8, 6, 3, 2.0

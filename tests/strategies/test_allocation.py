@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
-from rankfit.strategies.allocation import (
-    Choice,
-    OneRank,
-    OnlyFullRank,
-    OwnRank,
-    TopLayersRising,
-)
-from rankfit.strategies.catalogue import find, methods
-from rankfit.strategies.layers import (
+from rankfit.strategies.allocation import Choice, OneRank, OnlyFullRank, OwnRank, TopLayersRising
+from rankfit.strategies.layer_allocation import (
     FisherShares,
     clusters,
     draw_layers,
@@ -25,6 +18,7 @@ from rankfit.strategies.layers import (
     shared_ranks,
 )
 from rankfit.strategies.method import configured
+from rankfit.strategies.methods import find, methods
 
 LAYERS = 12
 

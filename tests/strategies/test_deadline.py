@@ -3,8 +3,8 @@
 import pytest
 
 from rankfit.configs.settings import ConfigError
-from rankfit.strategies.outcome import spent
-from rankfit.strategies.planning import Planner
+from rankfit.strategies.planner import Planner
+from rankfit.strategies.strategy import spent
 from tests.strategies.test_planning import fleet, planner, run_settings
 
 DEADLINE = {"plan.deadline-seconds": 10.0, "plan.upload-seconds": 0.0}

@@ -7,9 +7,8 @@ from flwr.app import Message
 
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings
-from rankfit.strategies import link
-from rankfit.strategies.fleet import Fleet
-from rankfit.strategies.link import measure_link
+from rankfit.strategies import fleet as link
+from rankfit.strategies.fleet import Fleet, measure_link
 from tests.server.federation import Clock, FaultyGrid
 
 KIB = 1024

@@ -8,15 +8,15 @@ import pytest
 from rankfit.adapters.names import Moves
 from rankfit.adapters.rates import Rates
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
-from rankfit.estimator.fit import Estimator
+from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.network import link_bytes
 from rankfit.estimator.plan import Plan
-from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.plan_search import Estimator
 from rankfit.estimator.tracer import TraceCache
-from rankfit.strategies.budget import Budget
-from rankfit.strategies.catalogue import find, methods
+from rankfit.strategies.allocation import Budget
 from rankfit.strategies.method import configured
-from rankfit.strategies.planning import Planner
+from rankfit.strategies.methods import find, methods
+from rankfit.strategies.planner import Planner
 from tests.estimator.small import device, images, vit_config
 
 RANK = 8

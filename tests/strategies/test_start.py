@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfit.adapters.state import Adapter, Factors
+from rankfit.adapters.adapter import Adapter, Factors
 from rankfit.estimator.plan import Plan
-from rankfit.strategies.catalogue import find
+from rankfit.strategies.methods import find
 from rankfit.strategies.start import Drawn, Leading, LeadingOnFolded
 
 R, SCALE = 6, 2.0

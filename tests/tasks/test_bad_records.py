@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from rankfit.configs.settings import RunSettings, from_flat
-from rankfit.tasks.catalogue import load_task
+from rankfit.tasks import load_task
+from rankfit.tasks.classification import PlainProcessor
 from rankfit.tasks.data import DataError, read_data
-from rankfit.tasks.image import PlainProcessor
 from rankfit.tasks.partition import PartitionError, partition_of
 
 SKIP = {"data.bad-records": "skip"}

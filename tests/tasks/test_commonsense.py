@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.configs.settings import RunSettings, from_flat
-from rankfit.tasks import intervals
-from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.commonsense import FAMILIES, choices_of, extract, family_of, task_of
-from rankfit.tasks.language import LanguageTask
-from rankfit.tasks.scores import pooled, scores
+from rankfit.tasks import load_task
+from rankfit.tasks import metrics as intervals
+from rankfit.tasks.language_model import LanguageTask
+from rankfit.tasks.metrics import pooled, scores
+from rankfit.tasks.prompts import FAMILIES, choices_of, extract, family_of, task_of
 
 #: One record of each task as LLM-Adapters writes it down.
 RECORDS = {

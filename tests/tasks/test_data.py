@@ -7,7 +7,7 @@ from PIL import Image as PilImage
 
 from rankfit.configs.settings import Data, RunSettings
 from rankfit.tasks.data import DataError, known_labels, read_data
-from rankfit.tasks.files import Columns, hub_parts
+from rankfit.tasks.readers import Columns, hub_parts
 
 TEXTS = [f"text {i}" for i in range(20)]
 COLOURS = ["red", "green", "blue", "amber"]

@@ -11,13 +11,7 @@ from sklearn.model_selection import train_test_split
 from transformers import ViTConfig, ViTForImageClassification
 
 from rankfit.tasks.font_vit import WEIGHTS, WeightsError, load, store
-from rankfit.tasks.font_vit.glyphs import (
-    CHARACTERS,
-    Glyphs,
-    count_blocks,
-    draw_glyphs,
-    render,
-)
+from rankfit.tasks.font_vit.glyphs import CHARACTERS, Glyphs, count_blocks, draw_glyphs, render
 from rankfit.tasks.font_vit.pretrain import (
     CONFIG,
     accuracy,

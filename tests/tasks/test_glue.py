@@ -13,11 +13,11 @@ from transformers import RobertaConfig, RobertaModel
 from benchmarks.tiny_lm import save_tokenizer
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings
-from rankfit.tasks.catalogue import load_task
+from rankfit.tasks import load_task
+from rankfit.tasks.base_model import inject, load_base, target_modules
 from rankfit.tasks.data import DataError
-from rankfit.tasks.importance import fisher_scores
+from rankfit.tasks.fisher import fisher_scores
 from rankfit.tasks.metrics import classification_metrics, regression_metrics
-from rankfit.tasks.models import inject, load_base, target_modules
 from rankfit.tasks.partition import partition_of
 
 #: Text columns, classes (0 = a number) and test split of each task on the hub.

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from rankfit.configs.compose import compose
-from rankfit.tasks.catalogue import load_task
-from rankfit.tasks.importance import fisher_scores
-from rankfit.tasks.inject import eject, inject
-from rankfit.tasks.models import load_base, target_modules
+from rankfit.tasks import load_task
+from rankfit.tasks.base_model import load_base, target_modules
+from rankfit.tasks.fisher import fisher_scores
+from rankfit.tasks.lora import eject, inject
 
 
 def test_scores_are_mean_squares_of_log_probability_gradients_over_all_samples() -> None:

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankfit.adapters.state import Adapter, Factors
+from rankfit.adapters.adapter import Adapter, Factors
 from rankfit.configs.compose import compose
-from rankfit.tasks.adapted import head_tensors, load_adapter, target_shapes
+from rankfit.tasks.base_model import inject, load_base, shared_heads, target_modules
 from rankfit.tasks.kronecker import Kronecker, expanded, halves, unwrap, wrapped
-from rankfit.tasks.models import inject, load_base, shared_heads, target_modules
-from rankfit.tasks.sources import ModelError
+from rankfit.tasks.lora import head_tensors, load_adapter, target_shapes
+from rankfit.tasks.model_sources import ModelError
 
 SCALE, RANK = 2.0, 3
 

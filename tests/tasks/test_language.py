@@ -11,12 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
-from rankfit.tasks.adapted import IGNORED, learnt
-from rankfit.tasks.answers import log_likelihoods, write
-from rankfit.tasks.catalogue import load_task
+from rankfit.tasks import load_task
+from rankfit.tasks.base_model import ModelError, inject, load_base, target_modules
 from rankfit.tasks.data import DataError
-from rankfit.tasks.importance import fisher_scores
-from rankfit.tasks.models import ModelError, inject, load_base, target_modules
+from rankfit.tasks.fisher import fisher_scores
+from rankfit.tasks.generation import log_likelihoods, write
+from rankfit.tasks.lora import IGNORED, learnt
 from rankfit.tasks.prompts import as_passage, segments
 
 RECORDS = [

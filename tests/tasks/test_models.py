@@ -9,8 +9,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from rankfit.configs.settings import Model, RunSettings
-from rankfit.tasks import font_vit, models, sources
-from rankfit.tasks.models import ModelError
+from rankfit.tasks import base_model as models
+from rankfit.tasks import font_vit
+from rankfit.tasks import model_sources as sources
+from rankfit.tasks.base_model import ModelError
 
 SMALL = {
     "hidden_size": 32,

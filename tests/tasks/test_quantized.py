@@ -9,15 +9,20 @@ import pytest
 import torch
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
-from rankfit.adapters.folding import join
-from rankfit.adapters.state import Adapter, Factors, initial
+from rankfit.adapters.adapter import Adapter, Factors, initial
+from rankfit.adapters.product_merges import join
 from rankfit.client.trainer import Job, evaluate, train
 from rankfit.client.workspace import Workspace
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.plan import Plan
-from rankfit.tasks.adapted import target_shapes
-from rankfit.tasks.models import ModelError, fingerprint, load_base, target_modules
-from rankfit.tasks.quantized import quantization
+from rankfit.tasks.base_model import (
+    ModelError,
+    fingerprint,
+    load_base,
+    quantization,
+    target_modules,
+)
+from rankfit.tasks.lora import target_shapes
 
 RECORDS = [{"instruction": f"Say {i}.", "output": f"it is {i}"} for i in range(8)]
 HERE = importlib.util.find_spec("bitsandbytes") is not None

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.cuda._utils import _get_device_index
 
-import rankfit.tasks.adapted
-from rankfit.client.group import Group
+import rankfit.tasks.lora
+from rankfit.client.data_parallel import Group
 from rankfit.configs.settings import RunSettings
 from rankfit.server.evaluation import Evaluator
 
-ROOT = Path(rankfit.tasks.adapted.__file__).parents[1]
+ROOT = Path(rankfit.tasks.lora.__file__).parents[1]
 
 
 @pytest.fixture
@@ -41,4 +41,4 @@ def test_no_other_module_makes_a_gpu_device_of_its_own():
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"""device\(\s*f?["']cuda""", path.read_text(encoding="utf-8"))
     }
-    assert made == {"tasks/adapted.py"}
+    assert made == {"tasks/lora.py"}

@@ -1,0 +1,394 @@
+"""What a run came to: figures from ``rounds.jsonl``, the console, and ``report.html``."""
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from rankfit.configs.settings import RunSettings, to_flat
+from rankfit.strategies.fleet import natural
+from rankfit.strategies.strategy import HeterogeneousLora
+
+#: Columns of tables and log lines: Flower's log stream has no terminal to ask.
+WIDTH = 118
+
+
+def console() -> Console:
+    """Return a console on standard output, which Flower forwards, of a fixed width."""
+    return Console(width=WIDTH, highlight=False)
+
+
+def show_logs() -> None:
+    """Send the package's log to the console, once per process."""
+    logger = logging.getLogger("rankfit")
+    if not logger.handlers:
+        handler = RichHandler(
+            console=console(),
+            show_path=False,
+            omit_repeated_times=False,
+            log_time_format="[%H:%M:%S]",
+        )
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+Line = Mapping[str, Any]
+#: Rounds whose mean is given beside the best and the final figure.
+LAST = 10
+
+
+@dataclass(frozen=True)
+class Score:
+    """One evaluation figure over a run; the best loss is the least."""
+
+    name: str
+    final: float
+    best: float
+    mean_of_last: float
+
+
+@dataclass(frozen=True)
+class ClientSummary:
+    """One client over a run; bytes, seconds and counts are sums, those of memory the largest.
+
+    ``kept_free_bytes`` is what its kind of device was measured to take above its estimate.
+    """
+
+    client: str
+    ranks: str
+    rounds: int
+    dropped: int
+    samples: int
+    expected_bytes: int
+    peak_bytes: int
+    kept_free_bytes: int
+    upload_bytes: int
+    download_bytes: int
+    seconds: float
+
+
+def scores(rounds: Sequence[Line]) -> list[Score]:
+    """Final, best and mean of the last ten of each evaluation figure; the start does not count."""
+    measured = [line["evaluation"] for line in rounds if line["round"] and line.get("evaluation")]
+    found = []
+    for name in measured[-1] if measured else ():
+        values = [evaluation[name] for evaluation in measured if name in evaluation]
+        best = min(values) if name == "loss" else max(values)
+        last = values[-LAST:]
+        found.append(Score(name, values[-1], best, sum(last) / len(last)))
+    return found
+
+
+def clients(rounds: Sequence[Line]) -> list[ClientSummary]:
+    """One summary for each client that was ever sampled, in the order of their names."""
+    lines: dict[str, list[Line]] = {}
+    for line in rounds:
+        for client, own in line.get("clients", {}).items():
+            lines.setdefault(client, []).append(own)
+    return [_client(client, lines[client]) for client in sorted(lines, key=natural)]
+
+
+def drops(rounds: Sequence[Line]) -> list[tuple[int, str, str]]:
+    """(round, client, reason) of every update that was not merged."""
+    return [
+        (line["round"], client, own["reason"])
+        for line in rounds
+        for client, own in line.get("clients", {}).items()
+        if not own["merged"]
+    ]
+
+
+def traffic(rounds: Sequence[Line]) -> list[tuple[int, int]]:
+    """(round, bytes of adapters sent and received up to its end)."""
+    total, sums = 0, []
+    for line in rounds:
+        total += line.get("upload-bytes", 0) + line.get("download-bytes", 0)
+        sums.append((line["round"], total))
+    return sums
+
+
+def _client(client: str, lines: Sequence[Line]) -> ClientSummary:
+    return ClientSummary(
+        client=client,
+        ranks=",".join(str(rank) for rank in sorted({line["rank"] for line in lines})),
+        rounds=len(lines),
+        dropped=sum(not line["merged"] for line in lines),
+        samples=max(line.get("num-examples", 0) for line in lines),
+        expected_bytes=max(line.get("expected-peak-bytes", 0) for line in lines),
+        peak_bytes=max(line.get("peak-memory-bytes", 0) for line in lines),
+        kept_free_bytes=max(line.get("kept-free-bytes", 0) for line in lines),
+        upload_bytes=sum(line["upload-bytes"] for line in lines),
+        download_bytes=sum(line["download-bytes"] for line in lines),
+        seconds=sum(line.get("train-seconds", 0.0) for line in lines),
+    )
+
+
+MIB = 2**20
+
+
+def plans(strategy: HeterogeneousLora) -> Table:
+    """Who trains what, and which constraint binds; clients that cannot train say why."""
+    table = Table(title="Plans", title_justify="left")
+    for name in ("client", "device", "memory from", "budget MiB", "expected MiB", "up / down Mbps"):
+        table.add_column(name, justify="right" if "M" in name else "left", overflow="fold")
+    for name in ("rank", "micro-batch"):
+        table.add_column(name, justify="right")
+    for name in ("base", "binds"):
+        table.add_column(name)
+    for client in sorted(strategy.fleet.devices, key=natural):
+        report = strategy.fleet.devices[client].report
+        link = f"{_mbps(report.upload_mbps)} / {_mbps(report.download_mbps)}"
+        plan = strategy.plans.get(client)
+        first = (client, report.name, report.source)
+        if plan is None:
+            reason = strategy.planner.refused.get(client, "not planned")
+            budget = _mib(report.budget_bytes)
+            table.add_row(*first, budget, "–", link, "–", "–", "–", reason)
+            continue
+        batch = f"{plan.micro_batch} × {plan.accumulation}"
+        table.add_row(
+            *first,
+            _mib(plan.budget_bytes),
+            _mib(plan.peak_bytes),
+            link,
+            str(plan.rank),
+            batch + (" + checkpointing" if plan.checkpointing else ""),
+            plan.precision,
+            plan.binding,
+        )
+    return table
+
+
+def round_line(line: Mapping[str, Any], rounds: int) -> str:
+    """One round in one line."""
+    parts = [f"round {line['round']}/{rounds}"]
+    evaluation = line.get("evaluation", {})
+    parts += [f"{key} {evaluation[key]:.4f}" for key in ("accuracy", "loss") if key in evaluation]
+    if "train-loss" in line:
+        parts.append(f"training {line['train-loss']:.4f}")
+    ranks = sorted({client["rank"] for client in line["clients"].values()})
+    total = line["updates"] + line["dropped"]
+    parts.append(f"{line['updates']}/{total} at ranks " + ",".join(str(rank) for rank in ranks))
+    traffic = (line["upload-bytes"] + line["download-bytes"]) / 1024
+    return ", ".join([*parts, f"{traffic:.0f} KiB", f"{line['seconds']:.1f} s"])
+
+
+def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) -> Table:
+    """What each client did over the run: rank, measured peak beside the expected one, drops."""
+    table = Table(title="Clients", title_justify="left")
+    table.add_column("client")
+    for name in (
+        "rank", "rounds", "dropped", "samples", "expected MiB", "measured MiB", "up KiB",
+        "down KiB", "train s",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for own in clients(rounds):
+        plan = strategy.plans.get(own.client)
+        table.add_row(
+            own.client,
+            own.ranks,
+            str(own.rounds),
+            str(own.dropped),
+            str(own.samples),
+            _mib(plan.peak_bytes) if plan else "–",
+            _mib(own.peak_bytes),
+            f"{own.upload_bytes / 1024:.0f}",
+            f"{own.download_bytes / 1024:.0f}",
+            f"{own.seconds:.1f}",
+        )
+    return table
+
+
+def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Best, final and mean of the last ten evaluations, and where the adapter lies."""
+    lines = [
+        f"test {score.name}: final {score.final:.4f}, best {score.best:.4f}, "
+        f"mean of the last ten {score.mean_of_last:.4f}"
+        for score in scores(rounds)
+    ]
+    lines.append(f"PEFT adapter: {path / 'checkpoint'}")
+    lines.append(f"report: {path / 'report.html'}")
+    return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    """MiB, with the digits that matter on tiny models."""
+    return f"{size / MIB:.2f}" if size < 100 * MIB else f"{size / MIB:.0f}"
+
+
+def _mbps(value: float) -> str:
+    return f"{value:g}" if value else "–"
+
+
+#: Files in the run directory.
+PARTITION, PLOT = "partition.json", "partition.svg"
+#: Classes that the plot tells apart; the others are drawn as one.
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Which training examples each client holds.
+
+    Attributes
+    ----------
+    parts : sequence of NDArray
+        Indices into the training set, by client.
+    labels : NDArray
+        Class of every training example, (n,).
+    class_names : sequence of str
+        Empty where labels are no classes.
+    """
+
+    parts: Sequence[NDArray[np.int64]]
+    labels: NDArray[np.int64]
+    class_names: Sequence[str]
+
+    def counts(self) -> NDArray[np.int64]:
+        """Examples by client and class, (clients, classes)."""
+        first = int(self.labels.min(initial=0))
+        classes = max(len(self.class_names), int(self.labels.max(initial=0)) + 1 - first)
+        return np.stack(
+            [np.bincount(self.labels[part] - first, minlength=classes) for part in self.parts]
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the indices, the counts and the plot into a run directory."""
+        record = {
+            "examples": len(self.labels),
+            "classes": list(self.class_names),
+            "clients": [
+                {"partition": number, "samples": len(part), "counts": row, "indices": part.tolist()}
+                for number, (part, row) in enumerate(
+                    zip(self.parts, self.counts().tolist(), strict=True)
+                )
+            ],
+        }
+        (folder / PARTITION).write_text(json.dumps(record), encoding="utf-8")
+        self.draw(folder / PLOT)
+
+    def draw(self, file: Path) -> None:
+        """Draw one bar a client, its classes stacked; the ending of the name is the format."""
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+        counts = self.counts()
+        names = list(self.class_names) or [str(i) for i in range(counts.shape[1])]
+        if counts.shape[1] > _SHOWN:
+            rest = counts[:, _SHOWN - 1 :].sum(axis=1, keepdims=True)
+            names = [*names[: _SHOWN - 1], f"{counts.shape[1] - _SHOWN + 1} others"]
+            counts = np.concatenate([counts[:, : _SHOWN - 1], rest], axis=1)
+        figure = Figure(figsize=(8, 1.2 + 0.22 * len(counts)), layout="constrained")
+        axes = figure.subplots()
+        left = np.zeros(len(counts))
+        for number, name in enumerate(names):
+            width = counts[:, number]
+            colour = colormaps["tab20"](number)
+            axes.barh(range(len(counts)), width, left=left, color=colour, label=name)
+            left += width
+        axes.set_xlabel("training examples")
+        axes.set_ylabel("partition")
+        axes.invert_yaxis()
+        if len(names) > 1:
+            figure.legend(loc="outside right upper", fontsize="small")
+        figure.savefig(file)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ name }} – RankFit</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+td:first-child, th:first-child { text-align: left; }
+svg { max-width: 100%; height: auto; } .dropped { color: #b00; }
+</style></head><body>
+<h1>{{ name }}</h1>
+<p>Method <b>{{ settings["method.name"] }}</b>, model {{ settings["model.source"] }}, data
+{{ settings["data.source"] }}, {{ rounds }} rounds, {{ mib }} MiB of adapters sent and received.</p>
+{% if scores %}<table><tr><th>test</th><th>final</th><th>best</th><th>mean of last 10</th></tr>
+{% for s in scores %}
+<tr><td>{{ s.name }}</td><td>{{ "%.4f"|format(s.final) }}</td><td>{{ "%.4f"|format(s.best) }}</td>
+<td>{{ "%.4f"|format(s.mean_of_last) }}</td></tr>{% endfor %}</table>{% endif %}
+{% for plot in plots %}{{ plot }}{% endfor %}
+<h2>Clients</h2>
+<table><tr><th>client</th><th>rank</th><th>rounds</th><th>dropped</th><th>samples</th>
+<th>expected peak MiB</th><th>measured peak MiB</th><th>kept free MiB</th><th>train s</th></tr>
+{% for c in clients %}<tr><td>{{ c.client }}</td><td>{{ c.ranks }}</td><td>{{ c.rounds }}</td>
+<td>{{ c.dropped }}</td><td>{{ c.samples }}</td>
+<td>{{ "%.2f"|format(c.expected_bytes / mebi) }}</td>
+<td>{{ "%.2f"|format(c.peak_bytes / mebi) }}</td>
+<td>{{ "%.2f"|format(c.kept_free_bytes / mebi) }}</td>
+<td>{{ "%.1f"|format(c.seconds) }}</td></tr>{% endfor %}</table>
+{% if drops %}<h2>Updates that were dropped</h2>
+<ul>{% for d in drops %}<li class="dropped">round {{ d[0] }}, {{ d[1] }}: {{ d[2] }}</li>
+{% endfor %}</ul>{% endif %}
+<h2>Settings</h2>
+<table>{% for key, value in settings.items() %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
+{% endfor %}</table></body></html>
+"""
+
+
+def write_report(folder: Path, settings: RunSettings, rounds: Sequence[Line]) -> Path:
+    """Write the report of a run from the lines of ``rounds.jsonl``."""
+    sent = traffic(rounds)
+    page = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    text = page.render(
+        name=settings.run.name,
+        settings=to_flat(settings),
+        rounds=max((line["round"] for line in rounds), default=0),
+        mib=f"{sent[-1][1] / MIB:.2f}" if sent else "0",
+        scores=scores(rounds),
+        plots=[Markup(plot) for plot in _plots(rounds)],
+        clients=clients(rounds),
+        mebi=MIB,
+        drops=drops(rounds),
+    )
+    file = folder / "report.html"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def _plots(rounds: Sequence[Line]) -> list[str]:
+    """Draw evaluation over rounds and over bytes, and the training loss, as inline SVG."""
+    measured = [line for line in rounds if line.get("evaluation")]
+    sent = dict(traffic(rounds))
+    plots = []
+    names = [n for n in ("accuracy", "macro-f1") if measured and n in measured[-1]["evaluation"]]
+    for label, position in (
+        ("round", lambda line: line["round"]),
+        ("MiB of adapters sent and received", lambda line: sent[line["round"]] / MIB),
+    ):
+        series = {n: [(position(line), line["evaluation"][n]) for line in measured] for n in names}
+        plots += [_line_plot(series, label, "test")] if series else []
+    losses = [(line["round"], line["train-loss"]) for line in rounds if "train-loss" in line]
+    plots += [_line_plot({"train-loss": losses}, "round", "training loss")] if losses else []
+    return plots
+
+
+def _line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    out = io.StringIO()
+    figure.savefig(out, format="svg")
+    text = out.getvalue()
+    return text[text.index("<svg") :]
