@@ -3,15 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-LINT_DIR ?= .lint
 
 export HF_HUB_OFFLINE ?= 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 export FLWR_TELEMETRY_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
-
-PACKAGES := adapters cli client configs estimator server strategies tasks rankfit
 
 .PHONY: setup demo test lint format bench clean
 
@@ -32,14 +29,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
-# mypy and import-linter read the installed wheel, in which all folders lie in one package.
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	rm -rf $(LINT_DIR)
-	$(BIN)/pip install -q --no-deps --target $(LINT_DIR) .
-	cd $(LINT_DIR) && PYTHONPATH=. $(abspath $(BIN))/lint-imports --config ../pyproject.toml
-	cd $(LINT_DIR) && $(abspath $(BIN))/mypy --config-file ../pyproject.toml -p rankfit
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff format .
@@ -49,4 +43,4 @@ bench: setup
 	@ls benchmarks/*.py
 
 clean:
-	rm -rf $(VENV) $(LINT_DIR) build dist
+	rm -rf $(VENV) build dist

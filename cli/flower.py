@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,9 +71,6 @@ OFFLINE = {
 _START_SECONDS = 60.0
 #: In the environment of everything that a simulation starts.
 _MARK = "RANKFIT_SIMULATION"
-_APP_PARTS = (
-    "adapters", "client", "configs", "estimator", "server", "strategies", "tasks",
-)  # fmt: skip
 
 
 class FlowerError(RuntimeError):
@@ -120,14 +118,16 @@ def app_directory() -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="rankfit-app-") as folder:
         root = Path(folder)
+        skipped = shutil.ignore_patterns("__pycache__")
         (root / "rankfit").mkdir()
         for module in package.glob("*.py"):
             shutil.copy(module, root / "rankfit")
-        shutil.copy(package / "pyproject.toml", root)
-        for part in _APP_PARTS:
-            shutil.copytree(
-                package / part, root / part, ignore=shutil.ignore_patterns("__pycache__")
-            )
+        for part in package.iterdir():
+            if part.is_dir() and part.name != "__pycache__":
+                shutil.copytree(part, root / part.name, ignore=skipped)
+        app = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))
+        del app["tool"]["flwr"]["app"]["fab-exclude"]  # folders that a wheel does not have
+        (root / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
         yield root
 
 

@@ -1,8 +1,10 @@
 """RankFit: heterogeneous-rank LoRA fine-tuning across machines, on Flower.
 
-The packages ``adapters``, ``client``, ``server``, … lie at the top level of the repository, where a
-Flower bundle expects them, and are imported as ``rankfit.adapters`` and so on. In a checkout or a
-bundle this file adds the repository root to the package path; in the wheel they lie inside.
+The folders ``server``, ``client``, ``strategies``, … lie at the top of the repository, where a
+Flower bundle expects them, and are imported as ``rankfit.server`` and so on. In a checkout this
+package has a link to each of them, so that every tool finds them; in the wheel they are folders of
+it. A Flower bundle has no links, nor has a checkout on a file system without them: there, the path
+is extended here.
 """
 
 import importlib
@@ -10,9 +12,9 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-_ROOT = Path(__file__).resolve().parent.parent
-if (_ROOT / "pyproject.toml").is_file():
-    __path__.append(str(_ROOT))
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "configs").is_dir():
+    __path__.append(str(_HERE.parent))
 
 #: Public names and the modules that define them; imported on first use, so that
 #: ``import rankfit`` costs no torch.
