@@ -40,7 +40,7 @@ def main() -> None:
         apps = {"warm": ROOT, "cold": ROOT, "no torch": _app_without_torch(Path(folder) / "app")}
         models = {"quickstart": (), "minilm": _minilm(Path(folder) / "texts")}
         for nodes in arguments.nodes:
-            with federation(Path(folder) / f"deployment-{nodes}", nodes) as running:
+            with federation(Path(folder) / f"deployment-{nodes}", nodes, memory_mib=()) as running:
                 for model in arguments.models:
                     results.append(_compare(running, apps, model, models[model], arguments))
                     _print(results[-1])
@@ -94,9 +94,9 @@ def _run(
     """Run one variant once and take its rounds apart."""
     nodes = len(running.nodes)
     config = running.config(
-        name, f"run.rounds={arguments.rounds}", f"simulation.clients={nodes}",
+        name, f"run.rounds={arguments.rounds}",
         f"server.clients-per-round={nodes}", f"server.min-clients={nodes}",
-        'fleet.memory-mib=""', f"client.warm={'off' if variant == 'cold' else 'auto'}", *overrides,
+        f"client.warm={'off' if variant == 'cold' else 'auto'}", *overrides,
     )  # fmt: skip
     folder = running.folder / "runs" / name
     watch = Watch(running, folder / "rounds.jsonl")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rankfit.cli.flower import app_directory, environment, local_superlink, run_app
 from rankfit.configs.compose import compose
-from rankfit.configs.settings import ConfigError, RunSettings
+from rankfit.configs.settings import ConfigError, RunSettings, from_flat, to_flat
 
 
 def run(*parts: str, superlink: str | None = None) -> Path:
@@ -33,7 +33,7 @@ def run(*parts: str, superlink: str | None = None) -> Path:
     --------
     >>> rankfit.run("quickstart", "run.rounds=5", "run.name=five")
     """
-    return submit(compose(parts), superlink)
+    return submit(compose(parts, deployed=superlink is not None), superlink)
 
 
 def resume(directory: Path, *overrides: str, superlink: str | None = None) -> Path:
@@ -52,13 +52,9 @@ def submit(settings: RunSettings, superlink: str | None) -> Path:
     from rankfit.strategies.methods import find
 
     find(settings.method.name)
-    directory = Path(settings.run.directory).expanduser()
     if superlink is None:
-        # Flower's processes work elsewhere; on a SuperLink's machine the path is that machine's.
-        directory = directory.resolve()
-        run_table = settings.run.model_copy(update={"directory": str(directory)})
-        settings = settings.model_copy(update={"run": run_table})
-    path = directory / settings.run.name
+        settings = absolute(settings)
+    path = Path(settings.run.directory).expanduser() / settings.run.name
     if superlink is None and (path / "config.toml").exists() and not settings.run.resume:
         raise ConfigError(
             f"{path} holds a run already: give another run.name, or continue it with "
@@ -72,3 +68,19 @@ def submit(settings: RunSettings, superlink: str | None) -> Path:
             with local_superlink(env) as own:
                 run_app(app, settings, own, None)
     return path
+
+
+def absolute(settings: RunSettings) -> RunSettings:
+    """Make paths absolute: Flower's processes work in another folder than the user.
+
+    On a SuperLink's machine and its nodes' a path is that machine's, and stays as it is.
+    """
+    flat = to_flat(settings)
+    made = [key for key in ("run.directory", "head.directory") if flat[key]]
+    read = ("data.source", "model.source", "plan.calibration")
+    for key in [*made, *read]:
+        prefix = "config:" if str(flat[key]).startswith("config:") else ""
+        path = Path(str(flat[key]).removeprefix(prefix)).expanduser()
+        if key in made or (flat[key] and path.exists()):
+            flat[key] = f"{prefix}{path.resolve()}"
+    return from_flat(flat)

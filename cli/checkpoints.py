@@ -70,11 +70,14 @@ def by_client(saved: "SavedRun") -> dict[str, dict[str, float]]:
     """
     from rankfit.client.trainer import evaluate as measure
     from rankfit.client.workspace import Workspace
+    from rankfit.server.reporting import PARTITION
 
     if saved.settings.partition.kind == "local":
         raise ConfigError("--clients: the data of this run lies with its clients (partition local)")
     space = Workspace(saved.settings, None)
-    count = saved.settings.simulation.clients
+    # As many as took part: a deployment's nodes say how many share the data.
+    record = json.loads((saved.path / PARTITION).read_text(encoding="utf-8"))
+    count = len(record["clients"])
     found = {}
     for client in range(count):
         samples = space.test_samples(client, count)

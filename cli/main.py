@@ -1,5 +1,6 @@
 """The ``rankfit`` command."""
 
+import json
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from rankfit.cli.compare import compare
 from rankfit.cli.flower import FlowerError
 from rankfit.cli.memory_report import memory_report
 from rankfit.configs.compose import compose, preset_names
-from rankfit.configs.settings import ConfigError, to_flat
+from rankfit.configs.settings import ConfigError
 from rankfit.tasks.model_sources import ModelError
 from rankfit.tasks.readers import DataError
 
@@ -86,11 +87,18 @@ def settings(
     parts: Annotated[
         list[str] | None, typer.Argument(metavar="[PRESET… KEY=VALUE…]", show_default=False)
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON schema of such files instead.")
+    ] = False,
 ) -> None:
-    """List every setting with its value, as presets and overrides leave it."""
-    composed = to_flat(compose(parts or []))
-    for key, value in composed.items():
-        typer.echo(f"{key} = {value!r}" if isinstance(value, str) else f"{key} = {value}")
+    """Print every setting with its value and meaning, as a TOML file that `rankfit run` reads."""
+    from rankfit.configs.flower_defaults import commented
+    from rankfit.configs.flower_defaults import schema as json_schema
+
+    if schema:
+        typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+    else:
+        typer.echo(commented(compose(parts or [])), nl=False)
 
 
 @app.command()

@@ -33,12 +33,17 @@ app = ClientApp()
 _PER_MESSAGE = "flwr-clientapp"
 #: Record of the node's state: the adapter that it was sent last.
 _HELD = "held"
+#: Record of the node's state: settings of this run that it said it does not use.
+_TOLD = "not-used"
 
 
 @app.query("capabilities")
 def capabilities(message: Message, context: Context) -> Message:
     """Answer with the device report; a worker may begin to load what training will need."""
+    _tell_ignored(context)
     order = _order(context)
+    partition, shared = _place(context)
+    partitions = 0 if partition is None else shared
     if order is None:
         report = _report(context, _own())
     else:
@@ -47,13 +52,12 @@ def capabilities(message: Message, context: Context) -> Message:
         messenger.make_room(order)
         report = _report(context, messenger.held(order))
         if order.settings.client.prefetch:
-            partition, partitions = _place(context)
-            request = Request("prefetch", partition=partition, partitions=partitions)
+            request = Request("prefetch", partition=partition, partitions=shared)
             messenger.prefetch(order, request, report.uuid)
     content = RecordDict(
         {
             "device": ConfigRecord({**report.to_dict()}),
-            "client": ConfigRecord({"worker": order is not None}),
+            "client": ConfigRecord({"worker": order is not None, "partitions": partitions}),
         }
     )
     if "link" in message.content:  # the server times a payload
@@ -149,7 +153,20 @@ def _warm(settings: RunSettings, context: Context) -> bool:
     if Path(os.environ.get("VIRTUAL_ENV", "")).name == str(context.run_id):
         log.warning("Flower installed the app's packages for this message alone: no worker")
         return False
-    return settings.client.warm == "on" or Path(sys.argv[0]).stem == _PER_MESSAGE
+    return settings.client.warm == "on" or _deployed()
+
+
+def _deployed() -> bool:
+    """Whether this process belongs to a SuperNode, not to a simulation."""
+    return Path(sys.argv[0]).stem == _PER_MESSAGE
+
+
+def _tell_ignored(context: Context) -> None:
+    """Say once a run which of its settings a node of a deployment does not use."""
+    ignored = from_flat(context.run_config).simulated_keys() if _deployed() else []
+    if ignored and _TOLD not in context.state.config_records:
+        log.warning("not used, they count in a simulation alone: %s", ", ".join(ignored))
+        context.state[_TOLD] = ConfigRecord({"settings": ignored})
 
 
 def _order(context: Context) -> "Order | None":
@@ -185,7 +202,8 @@ def _group(context: Context) -> DataParallel:
 
 
 def _settings(context: Context) -> RunSettings:
-    return from_flat(context.run_config)
+    settings = from_flat(context.run_config)
+    return settings.deployed() if _deployed() else settings
 
 
 def _report(context: Context, worker: Held | None = None) -> DeviceReport:
@@ -232,6 +250,10 @@ def _place(context: Context) -> tuple[int | None, int]:
     config = context.node_config
     if "partition-id" not in config:
         return None, 1
-    settings = _settings(context)
-    partitions = config.get("num-partitions", settings.simulation.clients)
-    return int(config["partition-id"]), int(partitions)
+    count = config.get("num-partitions")
+    if count is None and _settings(context).partition.kind != "local":
+        raise ValueError(
+            f"node config has partition-id={config['partition-id']} and no num-partitions; say how "
+            "many nodes share the data set: --node-config 'partition-id=0 num-partitions=2'"
+        )
+    return int(config["partition-id"]), int(count or 1)

@@ -1,26 +1,32 @@
 """Presets: TOML files of settings that are laid over one another into one run config.
 
 A preset sets only what it is about (a task, a split, a method, a fleet); ``include = ["other"]`` at
-its top lays it over others. Later presets and ``key=value`` overrides win.
+its top lays it over others. Later presets and ``key=value`` overrides win. One that describes
+simulated devices says ``[preset] simulation-only = true``, and a deployment leaves it out.
 """
 
 import difflib
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rankfit.configs.settings import ConfigError, RunSettings, Scalar, from_flat, known_keys
 
+log = logging.getLogger(__name__)
+
 PRESETS = Path(__file__).resolve().parent / "presets"
 
 
-def compose(parts: Sequence[str]) -> RunSettings:
+def compose(parts: Sequence[str], *, deployed: bool = False) -> RunSettings:
     """Lay presets and overrides over the defaults, in order.
 
     Parameters
     ----------
     parts : Sequence[str]
         Each the name of a preset, the path of a TOML file, or ``table.key=value``.
+    deployed : bool
+        Leave out presets that describe simulated devices.
 
     Raises
     ------
@@ -29,7 +35,7 @@ def compose(parts: Sequence[str]) -> RunSettings:
     """
     flat: dict[str, Scalar] = {}
     for part in parts:
-        flat |= parse_override(part) if "=" in part else read_preset(part)
+        flat |= parse_override(part) if "=" in part else read_preset(part, deployed=deployed)
     return from_flat(flat)
 
 
@@ -38,8 +44,8 @@ def preset_names() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.toml"))
 
 
-def read_preset(name: str) -> dict[str, Scalar]:
-    """Read one preset, by name or path, as dotted keys.
+def read_preset(name: str, *, deployed: bool = False) -> dict[str, Scalar]:
+    """Read one preset, by name or path, as dotted keys; {} where a deployment leaves it out.
 
     Raises
     ------
@@ -55,9 +61,13 @@ def read_preset(name: str) -> dict[str, Scalar]:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not a TOML file: {error}") from error
+    included = _included(tables, file)
+    if _simulation_only(tables, file) and deployed:
+        log.warning("preset %s describes simulated devices: left out of a deployment", file.stem)
+        return {}
     flat: dict[str, Scalar] = {}
-    for base in _included(tables, file):
-        flat |= read_preset(base)
+    for base in included:
+        flat |= read_preset(base, deployed=deployed)
     for table, keys in tables.items():
         if "." in table and not isinstance(keys, Mapping):
             flat[table] = keys  # "table.key" = value, as Flower's own run configs are written
@@ -102,6 +112,14 @@ def _included(tables: dict[str, object], file: Path) -> list[str]:
     if file.stem in names:
         raise ConfigError(f"{file} includes itself")
     return names
+
+
+def _simulation_only(tables: dict[str, object], file: Path) -> bool:
+    """Take what a preset says of itself out of its tables: whether it is of simulated devices."""
+    own = tables.pop("preset", {})
+    if own not in ({}, {"simulation-only": True}, {"simulation-only": False}):
+        raise ConfigError(f"{file}: [preset] is {own!r}; it has simulation-only = true or false")
+    return own == {"simulation-only": True}
 
 
 def _unknown_preset(name: str) -> str:

@@ -1,6 +1,6 @@
 """The settings of what is learnt: task, model, data, partition, head and local training."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -33,8 +33,30 @@ class Table(BaseModel):
     """One table of the run config; frozen, unknown keys refused, keys in kebab-case."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        alias_generator=kebab,
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
+
+
+def setting(default: object, description: str, *, unit: str = "") -> Any:
+    """Declare one setting of a table.
+
+    Its type and range are the annotation's. docs/settings.md, the JSON schema and the comments of
+    ``rankfit settings`` are made from this.
+
+    Parameters
+    ----------
+    default : object
+        A product's: nothing simulated.
+    description : str
+        One sentence in plain words.
+    unit : str
+        "" = none, or what the name ends with (``-seconds``, ``-mib``, ``-mbps``).
+    """
+    return Field(default, description=description, json_schema_extra={"unit": unit})
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -66,25 +88,38 @@ NUMBER_METRICS = ("pearson", "spearman", "mse")
 class Task(Table):
     """What is learnt."""
 
-    kind: Literal["image-classification", "text-classification", "causal-lm"] = (
-        "image-classification"
+    kind: Literal["image-classification", "text-classification", "causal-lm"] = setting(
+        "image-classification", "A classifier of images or of texts, or a language model."
     )
-    #: Labels of text are classes, or numbers (STS-B): one output, squared error.
-    problem: Literal["classification", "regression"] = "classification"
-    #: Comma-separated figures of an evaluation ("" = the problem's: accuracy, macro-f1, micro-f1;
-    #: or pearson, spearman). ``f1`` is that of class 1 of two; ``mcc`` is Matthews' correlation.
-    metrics: str = ""
-    #: causal-lm: tokens that the loss is taken over.
-    loss: Literal["answers", "all"] = "answers"
-    #: causal-lm: several examples in one row, each attending to itself alone.
-    packing: bool = False
-    #: causal-lm: by what the model writes, by which of the choices it finds likeliest, or by its
-    #: loss alone.
-    evaluate: Literal["generation", "likelihood", "loss"] = "generation"
-    #: causal-lm: how the answer is found in what was written: a suite's pattern, or all of it.
-    suite: Literal["none", "commonsense"] = "none"
-    #: causal-lm: tokens that an evaluation writes at most.
-    max_new_tokens: PositiveInt = 32
+    problem: Literal["classification", "regression"] = setting(
+        "classification",
+        "Labels of text are classes, or numbers (STS-B): one output, squared error.",
+    )
+    metrics: str = setting(
+        "",
+        "Comma-separated metrics of an evaluation (empty = the problem's: accuracy, "
+        "macro-f1, micro-f1; or pearson, spearman); `f1` is that of class 1 of two, `mcc`"
+        " is Matthews' correlation.",
+    )
+    loss: Literal["answers", "all"] = setting(
+        "answers", "causal-lm: tokens that the loss is taken over."
+    )
+    packing: bool = setting(
+        False, "causal-lm: several examples in one row, each attending to itself alone."
+    )
+    evaluate: Literal["generation", "likelihood", "loss"] = setting(
+        "generation",
+        "causal-lm: an evaluation judges what the model writes, which of the choices it "
+        "finds likeliest, or its loss alone.",
+    )
+    suite: Literal["none", "commonsense"] = setting(
+        "none",
+        "causal-lm: how the answer is found in what was written: by a suite's pattern, or"
+        " all of it.",
+    )
+    max_new_tokens: PositiveInt = setting(
+        32, "causal-lm: most tokens that an evaluation writes for one question.", unit="tokens"
+    )
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -107,14 +142,22 @@ class Model(Table):
     package), ``config:FILE.json`` (random weights from a config), a local folder, or a hub id.
     """
 
-    source: str = "builtin:font-vit"
-    revision: str = "main"
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    precision: Precision = "fp32"
-    #: The frozen base in 4 or 8 bits through bitsandbytes (extra ``quantized``). The scales of
-    #: ``nf4`` are quantised too, those of ``nf4-single`` are not.
-    quantization: Quantization = "none"
-    trust_remote_code: bool = False
+    source: str = setting(
+        "builtin:font-vit",
+        "`builtin:font-vit`, `package:NAME/SUBFOLDER` (inside an installed Python "
+        "package), `config:FILE.json` (random weights), a local folder, or a hub id.",
+    )
+    revision: str = setting("main", "Branch, tag or commit on the hub.")
+    attention: Literal["sdpa", "eager"] = setting(
+        "sdpa", "Implementation of attention: torch's fused one, or plain matrix products."
+    )
+    precision: Precision = setting("fp32", "Number type of the base model's weights.")
+    quantization: Quantization = setting(
+        "none",
+        "Store the frozen base in 4 or 8 bits through bitsandbytes (extra `quantized`); "
+        "the scales of `nf4` are quantised too, those of `nf4-single` are not.",
+    )
+    trust_remote_code: bool = setting(False, "Run model code that comes from the hub.")
 
     @property
     def base_precision(self) -> str:
@@ -137,52 +180,86 @@ class Model(Table):
 class Data(Table):
     """The data set: ``sklearn:digits``, a local file or folder, or a hub id."""
 
-    source: str = "sklearn:digits"
-    #: Configuration name on the hub, or the subfolder of a local copy of it ("" = default).
-    name: str = ""
-    #: Split name on the hub, or file pattern under ``source`` when it is a local folder.
-    train: str = "train"
-    test: str = "test"
-    #: "" = the task's default (image: ``image`` or ``img``; text: ``text``). Two names, separated
-    #: by a comma, are a pair of texts.
-    input_column: str = ""
-    #: causal-lm: a column that groups the examples (such as ``task``), if it is there.
-    label_column: str = "label"
-    #: Comma-separated names of the classes in the order of their ids ("" = as found in the data).
-    #: Nodes that hold files of their own need it unless the files name the classes (ClassLabel).
-    class_names: str = ""
-    #: Keep only the first N classes (0 = all).
-    classes: Count = 0
-    #: Share held out for evaluation when there is no test split.
-    test_fraction: Fraction = 0.25
-    #: Keep only so many examples, drawn from the seed (0 = all).
-    train_samples: Count = 0
-    test_samples: Count = 0
-    #: Tokens per text.
-    max_length: PositiveInt = 128
-    #: causal-lm: columns ``instruction``, ``input`` (may be absent) and ``output``; or ``messages``
-    #: with roles; or ``text`` alone.
-    format: Literal["instruction", "messages", "text"] = "instruction"
-    #: causal-lm: how an instruction becomes a prompt: Alpaca's words, the tokenizer's own chat
-    #: template, or the instruction alone.
-    template: Literal["alpaca", "chat", "plain"] = "alpaca"
-    #: A record that cannot be used stops the run, or is counted and left out.
-    bad_records: Literal["refuse", "skip"] = "refuse"
+    source: str = setting(
+        "sklearn:digits", "Data set: `sklearn:digits`, a local file or folder, or a hub id."
+    )
+    name: str = setting(
+        "",
+        "Configuration name on the hub, or the subfolder of a local copy of it (empty = default).",
+    )
+    train: str = setting(
+        "train", "Training split: its name on the hub, or a file pattern in a local folder."
+    )
+    test: str = setting(
+        "test", "Test split, likewise (empty = `data.test-fraction` of the training split)."
+    )
+    input_column: str = setting(
+        "",
+        "Column of the input (empty = the task's default: `image` or `img`, or `text`); "
+        "two names, separated by a comma, are a pair of texts.",
+    )
+    label_column: str = setting(
+        "label",
+        "Column of the label; causal-lm: a column that groups the examples (such as "
+        "`task`), if it is there.",
+    )
+    class_names: str = setting(
+        "",
+        "Comma-separated names of the classes in the order of their ids (empty = as found"
+        " in the data); nodes with files of their own need it unless the files name the "
+        "classes.",
+    )
+    classes: Count = setting(0, "Keep only the first N classes (0 = all).", unit="classes")
+    test_fraction: Fraction = setting(
+        0.25, "Share held out for evaluation where there is no test split."
+    )
+    train_samples: Count = setting(
+        0, "Keep only so many training examples, drawn from the seed (0 = all).", unit="samples"
+    )
+    test_samples: Count = setting(
+        0, "Keep only so many test examples, drawn from the seed (0 = all).", unit="samples"
+    )
+    max_length: PositiveInt = setting(
+        128, "Longest text; the rest of a longer one is cut off.", unit="tokens"
+    )
+    format: Literal["instruction", "messages", "text"] = setting(
+        "instruction",
+        "causal-lm: columns `instruction`, `input` (may be absent) and `output`; or "
+        "`messages` with roles; or `text` alone.",
+    )
+    template: Literal["alpaca", "chat", "plain"] = setting(
+        "alpaca",
+        "causal-lm: how an instruction becomes a prompt: Alpaca's words, the tokenizer's "
+        "own chat template, or the instruction alone.",
+    )
+    bad_records: Literal["refuse", "skip"] = setting(
+        "refuse", "A record that cannot be used stops the run, or is counted and left out."
+    )
 
 
 class Partition(Table):
     """How one data set is dealt to simulated clients; ``local`` = each node's own files."""
 
-    kind: Literal["iid", "dirichlet", "pathological", "natural", "quantity", "local"] = "iid"
-    #: Of ``dirichlet`` (classes over clients) and ``quantity`` (sizes of the clients).
-    alpha: PositiveFloat = 0.3
-    classes_per_client: PositiveInt = 2
-    #: ``natural``: column whose values (hospitals, users) stay together.
-    column: str = ""
-    min_samples: Count = 10
-    #: Where clients evaluate, the part of a common test set that each measures on: one like the
-    #: others' (``even``), or one with the classes of its own training part (``alike``).
-    test: Literal["even", "alike"] = "even"
+    kind: Literal["iid", "dirichlet", "pathological", "natural", "quantity", "local"] = setting(
+        "iid",
+        "How one data set is divided among the clients; `local`: every node has its own files.",
+    )
+    alpha: PositiveFloat = setting(
+        0.3,
+        "Concentration of `dirichlet` (classes over clients) and `quantity` (sizes of the"
+        " clients); smaller is less even.",
+    )
+    classes_per_client: PositiveInt = setting(
+        2, "`pathological`: classes that each client holds.", unit="classes"
+    )
+    column: str = setting("", "`natural`: column whose values (hospitals, users) stay together.")
+    min_samples: Count = setting(10, "Fewest samples of a client.", unit="samples")
+    test: Literal["even", "alike"] = setting(
+        "even",
+        "Where clients evaluate, the part of a common test set that each measures on: one"
+        " like the others' (`even`), or one with the classes of its own training part "
+        "(`alike`).",
+    )
 
     @model_validator(mode="after")
     def _column(self) -> Self:
@@ -200,56 +277,90 @@ class Head(Table):
     ``local``: every client trains a head of its own, which it keeps; the adapters are shared.
     """
 
-    mode: Literal["trained", "frozen", "local"] = "trained"
-    #: Comma-separated modules trained whole in place of the classifier, such as ``lm_head``
-    #: ("" = the architecture's classifier; a language model has none).
-    modules: str = ""
-    #: ``local``: folder on the client's machine that keeps its heads ("" = ``heads`` in the run
-    #: directory).
-    directory: str = ""
+    mode: Literal["trained", "frozen", "local"] = setting(
+        "trained",
+        "The classification head is trained and averaged with the adapters, frozen, or "
+        "`local`: every client trains and stores one of its own.",
+    )
+    modules: str = setting(
+        "",
+        "Comma-separated modules that are trained whole in place of the classifier, such "
+        "as `lm_head` (empty = the architecture's classifier; a language model has none).",
+    )
+    directory: str = setting(
+        "",
+        "`local`: folder on the client's machine that stores its heads (empty = `heads` "
+        "in the run directory).",
+    )
 
 
 class Train(Table):
     """Local training of one client in one round."""
 
-    batch_size: PositiveInt = 32
-    epochs: PositiveInt = 1
-    #: Optimizer steps per round (0 = whole epochs).
-    steps: Count = 0
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: NonNegative = 0.0
-    #: ``adamw-8bit`` needs bitsandbytes (extra ``quantized``).
-    optimizer: Optimizer = "adamw"
-    #: Of ``sgd``.
-    momentum: Share = 0.0
-    #: ``kept``: a client keeps AdamW's second moments from round to round (``moments`` in the run
-    #: directory on its machine).
-    moments: Literal["reset", "kept"] = "reset"
-    #: AdamW's second moments of a head: one for each ``number``, one for each ``tensor``, which
-    #: keeps a client from unlearning the classes that it does not have; or as the ``method`` says.
-    head_moment: Literal["method", "number", "tensor"] = "method"
-    gradient_checkpointing: bool = False
-    #: Intra-op CPU threads per client process.
-    threads: PositiveInt = 1
-    #: Learning rate over the rounds: see :mod:`rankfit.configs.settings`.
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
-    #: Rounds that the schedule spans (0 = ``run.rounds``, also when that is raised on a resume).
-    schedule_rounds: Count = 0
-    #: Rounds over which the rate first rises to ``learning-rate``.
-    schedule_warm_up: Count = 0
-    #: Rate at the end of ``linear`` and ``cosine``, as a share of ``learning-rate``.
-    schedule_floor: Share = 0.0
-    #: ``step``: the rate is multiplied by the factor every so many rounds.
-    schedule_step: PositiveInt = 50
-    schedule_factor: Fraction = 0.5
-    #: FedProx: μ of the proximal term μ/2·‖θ − θ⁰‖² (0 = none).
-    proximal: NonNegative = 0.0
-    #: Weight τ of log prior(label) of the client's own data, added to the logits in training
-    #: (0 = plain cross entropy).
-    label_prior: NonNegative = 0.0
-    #: Forward pass in 16 bits where torch.autocast holds it safe; weights stay as they are. With
-    #: fp16, here or in ``model.precision``, the loss is scaled.
-    autocast: Autocast = "none"
-    #: Backend of torch.compile (``inductor``), anew for each training ("" = not compiled).
-    compile: str = ""
+    batch_size: PositiveInt = setting(
+        32, "Samples of one optimizer step; a plan may split it into micro-batches.", unit="samples"
+    )
+    epochs: PositiveInt = setting(1, "Passes over a client's data in one round.", unit="epochs")
+    steps: Count = setting(0, "Optimizer steps in one round (0 = whole epochs).", unit="steps")
+    learning_rate: PositiveFloat = setting(
+        1e-3, "Learning rate of local training, before the schedule."
+    )
+    weight_decay: NonNegative = setting(0.0, "Decoupled weight decay of local training.")
+    max_grad_norm: NonNegative = setting(0.0, "Clip the gradient to this norm (0 = not clipped).")
+    optimizer: Optimizer = setting(
+        "adamw", "Optimizer of local training; `adamw-8bit` needs bitsandbytes (extra `quantized`)."
+    )
+    momentum: Share = setting(0.0, "Momentum of `sgd`.")
+    moments: Literal["reset", "kept"] = setting(
+        "reset",
+        "`kept`: a client stores AdamW's second moments from round to round (in `moments`"
+        " in the run directory on its machine).",
+    )
+    head_moment: Literal["method", "number", "tensor"] = setting(
+        "method",
+        "AdamW's second moments of a head: one for each `number`; one for each `tensor`, "
+        "which keeps a client from unlearning the classes that it does not have; or as "
+        "the `method` says.",
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Recompute activations in the backward pass instead of storing them; a plan may "
+        "switch it on.",
+    )
+    threads: PositiveInt = setting(1, "Intra-op CPU threads of a client process.", unit="threads")
+    schedule: Literal["constant", "linear", "cosine", "step"] = setting(
+        "constant", "How the learning rate changes over the rounds."
+    )
+    schedule_rounds: Count = setting(
+        0,
+        "Rounds that the schedule spans (0 = `run.rounds`, also when that is raised on a resume).",
+        unit="rounds",
+    )
+    schedule_warm_up: Count = setting(
+        0, "Rounds over which the rate first rises to `train.learning-rate`.", unit="rounds"
+    )
+    schedule_floor: Share = setting(
+        0.0, "Rate at the end of `linear` and `cosine`, as a share of `train.learning-rate`."
+    )
+    schedule_step: PositiveInt = setting(
+        50,
+        "`step`: rounds after which the rate is multiplied by `train.schedule-factor`.",
+        unit="rounds",
+    )
+    schedule_factor: Fraction = setting(0.5, "`step`: what the rate is multiplied by.")
+    proximal: NonNegative = setting(
+        0.0, "FedProx: μ of the proximal term μ/2·‖θ − θ⁰‖² (0 = none)."
+    )
+    label_prior: NonNegative = setting(
+        0.0,
+        "Weight τ of log prior(label) of the client's own data, added to the logits in "
+        "training (0 = plain cross entropy).",
+    )
+    autocast: Autocast = setting(
+        "none",
+        "Forward pass in 16 bits where torch.autocast holds it safe, while weights stay "
+        "as they are; with fp16, here or in `model.precision`, the loss is scaled.",
+    )
+    compile: str = setting(
+        "", "Backend of torch.compile (`inductor`), anew for each training (empty = not compiled)."
+    )

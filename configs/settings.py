@@ -25,6 +25,7 @@ from rankfit.configs.learning import (
     Task,
     Train,
     kebab,
+    setting,
     split_list,
     split_numbers,
 )
@@ -56,13 +57,17 @@ class ConfigError(ValueError):
 class Run(Table):
     """The run itself."""
 
-    name: str = "run"
-    #: Folder that holds ``<name>/``; relative to where the command is given.
-    directory: str = "runs"
-    seed: Count = 0
-    rounds: PositiveInt = 20
-    #: Continue from the checkpoint of an interrupted run of this name.
-    resume: bool = False
+    name: str = setting("run", "Name of the run, and of its folder in `run.directory`.")
+    directory: str = setting(
+        "runs",
+        "Folder that holds `NAME/`, relative to where the command is given; on a "
+        "SuperLink, on its machine.",
+    )
+    seed: Count = setting(0, "Every random draw of the run follows from it.")
+    rounds: PositiveInt = setting(20, "Rounds of the whole run.", unit="rounds")
+    resume: bool = setting(
+        False, "Continue from the checkpoint of an interrupted run of this name."
+    )
 
 
 Form = Literal["lora", "kronecker"]
@@ -71,15 +76,26 @@ Form = Literal["lora", "kronecker"]
 class Lora(Table):
     """The global adapter; one scale, alpha / rank or alpha / sqrt(rank), for all clients."""
 
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 16.0
-    scaling: Literal["classic", "rslora"] = "classic"
-    #: Comma-separated module names, ``re:EXPRESSION``, ``all-linear``, or ``default`` (the
-    #: attention's query and value).
-    targets: str = "default"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    #: What is added to a weight: B·A, or W₁ ⊗ (B·A), for the method ``lokr`` alone.
-    form: Form = "lora"
+    rank: PositiveInt = setting(
+        16, "Rank of the global adapter: the largest that a client can be given."
+    )
+    alpha: PositiveFloat = setting(
+        16.0, "Numerator of the scale of B·A, which is the same for every client."
+    )
+    scaling: Literal["classic", "rslora"] = setting(
+        "classic", "Scale of B·A: alpha / rank (`classic`) or alpha / √rank (`rslora`)."
+    )
+    targets: str = setting(
+        "default",
+        "Comma-separated names of the modules that get an adapter, `re:EXPRESSION`, "
+        "`all-linear`, or `default` (the attention's query and value).",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "Share of an adapter's inputs that training sets to zero."
+    )
+    form: Form = setting(
+        "lora", "What is added to a weight: B·A, or W₁ ⊗ (B·A), for the method `lokr` alone."
+    )
 
     @property
     def scale(self) -> float:
@@ -90,50 +106,85 @@ class Lora(Table):
 class Method(Table):
     """The federated method, by its name in the catalogue."""
 
-    name: str = "rankfit"
-    #: Give low-rank clients the part of the adapter that they cannot train as a frozen second
-    #: adapter (costs rank R of download).
-    tail: bool = False
-    #: Comma-separated parts of the method to switch off: ablations. ``rankfit methods`` lists them.
-    without: str = ""
-    #: Rounds in which both factors move before a method with a warm-up alternates.
-    warm_up_rounds: Count = 20
-    #: Rounds after which layers are drawn, and importance scores measured, anew.
-    renew_every: PositiveInt = 20
-    #: Where importance scores are measured: on the server's own training split, or on the clients
-    #: (averaged, so that the server needs no data).
-    scores: Literal["server", "clients"] = "server"
-    #: Samples that one measurement reads (0 = all).
-    probe_samples: Count = 64
-    #: Which layers Fed-HeLLo's GD-HLA gives to clients that cannot train all.
-    pattern: Literal["triangle", "inverted-triangle", "bottleneck", "uniform"] = "inverted-triangle"
-    #: HetLoRA: share γ of the rank that self-pruning keeps, and weight λ of its regulariser.
-    prune_decay: Fraction = 0.99
-    prune_weight: NonNegative = 1e-3
+    name: str = setting("rankfit", "Method of the catalogue; `rankfit methods` lists them.")
+    tail: bool = setting(
+        False,
+        "Send clients the directions that they cannot train as well, frozen (costs the "
+        "download of the whole rank).",
+    )
+    without: str = setting(
+        "",
+        "Comma-separated parts of the method to switch off, for ablations; `rankfit "
+        "methods` lists them.",
+    )
+    warm_up_rounds: Count = setting(
+        20,
+        "Rounds in which both factors are trained before a method with a warm-up alternates.",
+        unit="rounds",
+    )
+    renew_every: PositiveInt = setting(
+        20,
+        "Rounds after which layers are drawn, and importance scores measured, anew.",
+        unit="rounds",
+    )
+    scores: Literal["server", "clients"] = setting(
+        "server",
+        "Where importance scores are measured: on the server's own training split, or on "
+        "the clients (averaged, so that the server needs no data).",
+    )
+    probe_samples: Count = setting(
+        64, "Samples that one measurement of importance reads (0 = all).", unit="samples"
+    )
+    pattern: Literal["triangle", "inverted-triangle", "bottleneck", "uniform"] = setting(
+        "inverted-triangle",
+        "Which layers Fed-HeLLo's GD-HLA gives to clients that cannot train all.",
+    )
+    prune_decay: Fraction = setting(0.99, "HetLoRA: share γ of the rank that self-pruning keeps.")
+    prune_weight: NonNegative = setting(
+        1e-3, "HetLoRA: weight λ of the regulariser of self-pruning."
+    )
 
 
 class Plan(Table):
     """What the plan search may change, and the limits it keeps."""
 
-    #: Comma-separated, in this order: ``micro-batch``, ``checkpointing``; "" = rank alone.
-    search: str = "micro-batch,checkpointing"
-    #: Comma-separated precisions (``bf16``, ``int8``, ``nf4``) that the frozen base may be lowered
-    #: to on a device, in this order, where no rank fits otherwise; "" = as ``model`` says.
-    precisions: str = ""
-    min_rank: PositiveInt = 1
-    #: Seconds allowed for one upload / download (0 = unlimited).
-    upload_seconds: NonNegative = 0.0
-    download_seconds: NonNegative = 0.0
-    #: MiB of the timed payloads that measure the link of a client that declares none (0 = not).
-    measure_link_mib: Annotated[float, Field(ge=0, le=64)] = 0.0
-    #: Seconds allowed for one round's training, by the client's own measured pace (0 = unlimited).
-    deadline_seconds: NonNegative = 0.0
-    #: Bytes kept free beside the estimate.
-    margin_mib: NonNegative = 0.0
-    #: Profile of calibration terms that ``rankfit calibrate`` wrote ("" = the table's terms).
-    calibration: str = ""
-    #: When free memory is read: of the clients of a round before each round, or when first seen.
-    read_memory: Literal["every-round", "once"] = "every-round"
+    search: str = setting(
+        "micro-batch,checkpointing",
+        "Comma-separated steps that may make a plan fit, tried in this order: "
+        "`micro-batch`, `checkpointing` (empty = rank alone).",
+    )
+    precisions: str = setting(
+        "",
+        "Comma-separated precisions (`bf16`, `int8`, `nf4`) that the frozen base may be "
+        "lowered to on a device, in this order, where no rank fits otherwise (empty = as "
+        "`model` says).",
+    )
+    min_rank: PositiveInt = setting(1, "A device that cannot train this rank is left out.")
+    upload_seconds: NonNegative = setting(
+        0.0, "Time allowed for one upload over a link that is known (0 = unlimited)."
+    )
+    download_seconds: NonNegative = setting(
+        0.0, "Time allowed for one download over a link that is known (0 = unlimited)."
+    )
+    measure_link_mib: Annotated[float, Field(ge=0, le=64)] = setting(
+        0.0,
+        "Size of the timed payloads that measure the link of a client that declares none "
+        "(0 = not measured: unlimited).",
+    )
+    deadline_seconds: NonNegative = setting(
+        0.0,
+        "Time allowed for one round's training, by the client's own measured pace (0 = unlimited).",
+    )
+    margin_mib: NonNegative = setting(0.0, "Memory kept free beside the estimate.")
+    calibration: str = setting(
+        "",
+        "Profile of calibration terms that `rankfit calibrate` wrote (empty = the built-in terms).",
+    )
+    read_memory: Literal["every-round", "once"] = setting(
+        "every-round",
+        "When a client's free memory is read: before each round that it takes part in, or"
+        " when it is first seen.",
+    )
 
     @model_validator(mode="after")
     def _known_steps(self) -> Self:
@@ -157,9 +208,21 @@ class Plan(Table):
 class Fleet(Table):
     """Declared profiles of simulated devices, dealt in turn to the partitions ("" = measured)."""
 
-    memory_mib: str = ""
-    upload_mbps: str = ""
-    download_mbps: str = ""
+    memory_mib: str = setting(
+        "",
+        "Simulation only: comma-separated memory of the devices, given to the clients in "
+        "turn (empty = measured).",
+    )
+    upload_mbps: str = setting(
+        "",
+        "Simulation only: comma-separated upload speeds of the devices, given to the "
+        "clients in turn (empty = not known: unlimited).",
+    )
+    download_mbps: str = setting(
+        "",
+        "Simulation only: comma-separated download speeds of the devices, given to the "
+        "clients in turn (empty = not known: unlimited).",
+    )
 
     @model_validator(mode="after")
     def _numbers(self) -> Self:
@@ -174,77 +237,127 @@ class Fleet(Table):
 class Wire(Table):
     """Number type of adapters on the wire."""
 
-    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    #: Nodes keep the adapter that they were sent last, and what they hold is not sent again.
-    skip_held: bool = False
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = setting(
+        "float32", "Number type in which adapters travel."
+    )
+    skip_held: bool = setting(
+        False,
+        "Nodes store the adapter that they were sent last, and what has not changed is "
+        "not sent again.",
+    )
 
 
 class Server(Table):
     """The coordinator."""
 
-    clients_per_round: PositiveInt = 6
-    #: A round starts only when at least this many clients are there …
-    min_clients: PositiveInt = 1
-    #: … within this time.
-    wait_seconds: PositiveFloat = 120.0
-    round_timeout_seconds: PositiveFloat = 3600.0
-    #: Where the global adapter is evaluated.
-    evaluate: Literal["server", "clients", "none"] = "server"
-    evaluate_every: PositiveInt = 1
-    #: Halved where memory runs out.
-    evaluate_batch_size: PositiveInt = 64
-    #: Refuse an update whose change is longer than this (Frobenius norm; 0 = no limit).
-    max_update_norm: NonNegative = 0.0
-    #: Clients of a round are drawn alike, or in proportion to their samples (and then count alike).
-    sampling: Literal["uniform", "samples"] = "uniform"
-    #: FedOpt: how the step from the old adapter to the merged one is taken (``none`` = whole).
-    optimizer: Literal["none", "sgd", "momentum", "adam"] = "none"
-    learning_rate: PositiveFloat = 1.0
-    momentum: Share = 0.9
-    second_momentum: Share = 0.99
-    epsilon: PositiveFloat = 1e-3
-    #: Updates that may wait for those of earlier clients; beyond it they are folded as they come,
-    #: and two runs of one seed may differ by rounding.
-    keep_waiting: Count = 64
-    #: Merges of products: by how much their error may exceed the best possible at the global rank,
-    #: relative to it, where that is faster (0 = always exact).
-    merge_tolerance: NonNegative = 0.005
-    #: Where products are merged: on the CPU, or on the server's first GPU.
-    merge_device: Literal["cpu", "cuda"] = "cpu"
-    #: Decay of a moving average of the global adapter and head, which is then what is evaluated
-    #: and exported (0 = none).
-    average: Share = 0.0
-    #: Evaluate what that average is taken of as well, as ``unaveraged-accuracy`` and so on.
-    evaluate_unaveraged: bool = False
-    #: Measure spectrum, truncation and distance from the true mean in every round.
-    diagnostics: bool = True
+    clients_per_round: PositiveInt = setting(
+        6, "Clients drawn for a round; all of them where there are fewer.", unit="clients"
+    )
+    min_clients: Count = setting(
+        0,
+        "A round starts when this many clients can train (0 = when every node that is "
+        "expected has answered, or `server.wait-seconds` are over, and one can train).",
+        unit="clients",
+    )
+    wait_seconds: PositiveFloat = setting(120.0, "Longest wait for clients before a round.")
+    round_timeout_seconds: PositiveFloat = setting(
+        3600.0, "Longest wait for the updates of a round; later ones are dropped."
+    )
+    evaluate: Literal["server", "clients", "none"] = setting(
+        "server", "Where the global adapter is evaluated."
+    )
+    evaluate_every: PositiveInt = setting(
+        1,
+        "Rounds from one evaluation to the next; the last round is always evaluated.",
+        unit="rounds",
+    )
+    evaluate_batch_size: PositiveInt = setting(
+        64, "Samples of one evaluation batch; halved where memory runs out.", unit="samples"
+    )
+    max_update_norm: NonNegative = setting(
+        0.0, "Drop an update whose change has a larger Frobenius norm (0 = no limit)."
+    )
+    sampling: Literal["uniform", "samples"] = setting(
+        "uniform",
+        "Clients of a round are drawn with equal chances, or in proportion to their "
+        "samples (and then weigh the same).",
+    )
+    optimizer: Literal["none", "sgd", "momentum", "adam"] = setting(
+        "none",
+        "FedOpt: how the step from the old adapter to the merged one is taken (`none` = "
+        "the whole step).",
+    )
+    learning_rate: PositiveFloat = setting(1.0, "Learning rate of `server.optimizer`.")
+    momentum: Share = setting(0.9, "Momentum of `server.optimizer`; Adam's β₁.")
+    second_momentum: Share = setting(0.99, "Adam's β₂ of `server.optimizer`.")
+    epsilon: PositiveFloat = setting(1e-3, "Adam's ε of `server.optimizer`.")
+    keep_waiting: Count = setting(
+        64,
+        "Updates that may wait for those of earlier clients; beyond it they are merged as"
+        " they come, and two runs of one seed may differ by rounding.",
+        unit="updates",
+    )
+    merge_tolerance: NonNegative = setting(
+        0.005,
+        "By how much the error of a merge of products may exceed the smallest possible "
+        "one, relative to it, where that is faster (0 = exact).",
+    )
+    merge_device: Literal["cpu", "cuda"] = setting(
+        "cpu", "Where products are merged: on the CPU, or on the server's first GPU."
+    )
+    average: Share = setting(
+        0.0,
+        "Decay of a moving average of the global adapter and head, which is then what is "
+        "evaluated and exported (0 = none).",
+    )
+    evaluate_unaveraged: bool = setting(
+        False, "Evaluate what that average is taken of as well, as `unaveraged-accuracy` and so on."
+    )
+    diagnostics: bool = setting(
+        True, "Measure spectrum, truncation and distance from the true mean in every round."
+    )
 
 
 class Client(Table):
     """The client process of a deployment; see docs/warm-client.md."""
 
-    #: Keep the model in a worker between messages. ``auto``: where Flower starts a process for
-    #: every message (``flwr-clientapp``), and never in a simulation.
-    warm: Literal["auto", "on", "off"] = "auto"
-    #: Load base and data as soon as the query was answered, while the server still plans.
-    prefetch: bool = True
-    #: False: the base waits in host memory between messages and leaves the GPU to others.
-    keep_base_on_device: bool = True
-    #: A worker that gets no message for this long ends.
-    idle_seconds: PositiveFloat = 600.0
-    #: A second run on the same SuperNode gets a worker of its ``own``, or must ``wait`` until the
-    #: first one's is between two messages, which then ends.
-    second_run: Literal["own", "wait"] = "own"
-    #: Largest message between messenger and worker.
-    message_mib: PositiveFloat = 4096.0
+    warm: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Keep the model in a worker process between messages; `auto`: in a deployment, "
+        "where Flower starts a process for every message.",
+    )
+    prefetch: bool = setting(
+        True,
+        "Load base model and data as soon as the query was answered, while the server still plans.",
+    )
+    keep_base_on_device: bool = setting(
+        True,
+        "Keep the base model on the GPU between messages; false: it waits in host memory "
+        "and leaves the GPU to others.",
+    )
+    idle_seconds: PositiveFloat = setting(
+        600.0, "A worker that gets no message for this long exits."
+    )
+    second_run: Literal["own", "wait"] = setting(
+        "own",
+        "A second run on the same SuperNode gets a worker of its `own`, or must `wait` "
+        "until the first run's is between two messages, which then exits.",
+    )
+    message_mib: PositiveFloat = setting(
+        4096.0, "Largest message between a client's Flower process and its worker."
+    )
 
 
 class Simulation(Table):
     """Size of a simulation; not read in a deployment."""
 
-    clients: PositiveInt = 12
-    cpus_per_client: PositiveFloat = 1.0
-    gpus_per_client: NonNegative = 0.0
+    clients: PositiveInt = setting(12, "Simulation only: number of clients.", unit="clients")
+    cpus_per_client: PositiveFloat = setting(
+        1.0, "Simulation only: CPU cores reserved for a client that trains.", unit="cores"
+    )
+    gpus_per_client: NonNegative = setting(
+        0.0, "Simulation only: share of a GPU reserved for a client that trains.", unit="GPUs"
+    )
 
 
 class RunSettings(Table):
@@ -265,6 +378,15 @@ class RunSettings(Table):
     server: Server = Server()
     client: Client = Client()
     simulation: Simulation = Simulation()
+
+    def deployed(self) -> Self:
+        """Return the settings as a deployment reads them: what is simulated is at its defaults."""
+        return self.model_copy(update={"fleet": Fleet(), "simulation": Simulation()})
+
+    def simulated_keys(self) -> list[str]:
+        """Return the keys that are set and count in a simulation alone."""
+        flat, nothing = to_flat(self), to_flat(self.deployed())
+        return [key for key in flat if flat[key] != nothing[key]]
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

@@ -4,6 +4,7 @@ import logging
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from rankfit.configs.settings import from_flat
 from rankfit.server.loop import federate
@@ -18,4 +19,9 @@ log = logging.getLogger(__name__)
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
     show_logs()
-    federate(grid, from_flat(context.run_config))
+    settings = from_flat(context.run_config)
+    if isinstance(grid, HttpGrid):  # of a SuperLink with SuperNodes; a simulation has its own
+        if ignored := settings.simulated_keys():
+            log.warning("not used, they count in a simulation alone: %s", ", ".join(ignored))
+        settings = settings.deployed()
+    federate(grid, settings)

@@ -39,6 +39,7 @@ from rankfit.tasks.lora import head_tensors, target_shapes
 from rankfit.tasks.metrics import pooled
 from rankfit.tasks.model_sources import resolve_source
 from rankfit.tasks.partition import partition_of
+from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ class Federation:
     evaluator: Evaluator
     start: Adapter
     heads: tuple[str, ...]
-    holdings: Holdings | None
+    #: What is divided among the clients; None where every node has files of its own.
+    data: Task | None
 
 
 def federate(grid: Grid, settings: RunSettings) -> Adapter:
@@ -88,8 +90,8 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
     strategy.summary()
     strategy.prepare(grid, 0)  # a fleet that cannot train is refused before anything is written
     directory.create()
-    if federation.holdings is not None:
-        federation.holdings.save(directory.path)
+    if federation.data is not None and strategy.fleet.partitions:
+        _holdings(federation.data, settings, strategy.fleet.partitions).save(directory.path)
     if checkpoint is None:
         checkpoint = _round_zero(federation)
     adapter, first = checkpoint.adapter, checkpoint.round + 1
@@ -116,10 +118,6 @@ def build(settings: RunSettings) -> Federation:
     method = configured(find(settings.method.name), settings)
     directory = RunDirectory(settings)
     task = load_task(settings)
-    holdings = None
-    if settings.partition.kind != "local":
-        parts = partition_of(task.train.examples, settings, settings.simulation.clients)
-        holdings = Holdings(parts, task.train.labels, task.class_names)
     for precision in split_list(settings.plan.precisions):
         lowered = settings.model.at(precision)
         check_quantizable(lowered, resolve_source(lowered.source).kind)
@@ -144,7 +142,14 @@ def build(settings: RunSettings) -> Federation:
     evaluator = Evaluator(settings, task, base, heads)
     importance = Importance(settings, task, evaluator)
     strategy = HeterogeneousLora(settings, method, planner, own, importance)
-    return Federation(settings, directory, strategy, evaluator, start, heads, holdings)
+    data = None if settings.partition.kind == "local" else task
+    return Federation(settings, directory, strategy, evaluator, start, heads, data)
+
+
+def _holdings(task: Task, settings: RunSettings, partitions: int) -> Holdings:
+    """Who holds what of a data set that is divided among this many nodes."""
+    parts = partition_of(task.train.examples, settings, partitions)
+    return Holdings(parts, task.train.labels, task.class_names)
 
 
 def play_round(

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -170,6 +171,15 @@ class Fleet:
         self._links: dict[str, Link | None] = {}
         self._asked: dict[int, str] = {}
         self._workers: set[int] = set()
+        #: By node the number of nodes that share its data set (0 = it has files of its own).
+        self._shares: dict[int, int] = {}
+        self._gathered = False
+
+    @property
+    def partitions(self) -> int:
+        """Parts of the data set that the nodes share, as most of them say; 0 = none is shared."""
+        said = Counter(self._shares.values())
+        return min(said, key=lambda count: (-said[count], count)) if said else 0
 
     def refresh(self, grid: Grid, server_round: int) -> None:
         """Ask every node that has not been asked before; forget clients whose node is gone."""
@@ -281,6 +291,9 @@ class Fleet:
     ) -> None:
         """Wait until ``ready()`` counts ``minimum`` clients.
 
+        With 0 one is enough, once all that are expected have answered or the time is up: as many
+        as share the data set, or two where each has files of its own.
+
         Raises
         ------
         FleetError
@@ -290,12 +303,14 @@ class Fleet:
         while True:
             self.refresh(grid, server_round)
             count = ready()
-            if count >= minimum:
+            late = time.monotonic() > deadline
+            self._gathered = self._gathered or late or len(self._asked) >= (self.partitions or 2)
+            if count >= max(minimum, 1) and (minimum or self._gathered):
                 return
-            if time.monotonic() > deadline:
+            if late:
                 raise FleetError(
-                    f"{count} of the {minimum} clients that server.min-clients asks for were ready "
-                    f"within {seconds:.0f} s ({len(self.devices)} answered the query)"
+                    f"{count} clients could train within {seconds:.0f} s, and server.min-clients "
+                    f"is {minimum or 'not set: one'} ({len(self.devices)} answered the query)"
                 )
             time.sleep(PAUSE)
 
@@ -306,6 +321,7 @@ class Fleet:
             return
         if messages.keeps_worker(reply):
             self._workers.add(node)
+        self._shares[node] = messages.partitions(reply)
         known = self.devices.get(report.client)
         if known is not None:
             log.warning(

@@ -73,6 +73,13 @@ def keeps_worker(reply: Message) -> bool:
     return bool(record.get("worker", False))
 
 
+def partitions(reply: Message) -> int:
+    """Nodes that the sender of this reply to :data:`QUERY` shares a data set with; 0 = none."""
+    record = reply.content.config_records.get("client", ConfigRecord())
+    found = record.get("partitions", 0)
+    return found if isinstance(found, int) and found > 0 else 0
+
+
 def adapter_arrays(reply: Message) -> dict[str, NDArray[np.generic]]:
     """Return the arrays of an update, or none if the reply has no adapter."""
     record = reply.content.array_records.get("adapter")

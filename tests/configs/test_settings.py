@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rankfit.configs import compose as composing
 from rankfit.configs.compose import compose, parse_override, preset_names, read_preset
+from rankfit.configs.flower_defaults import commented, declared, schema
 from rankfit.configs.flower_defaults import main as write_defaults
 from rankfit.configs.settings import (
     ConfigError,
@@ -29,19 +30,78 @@ def test_flat_and_nested_are_inverse() -> None:
     assert from_flat({}) == RunSettings()
 
 
-def test_the_apps_config_is_the_quickstart() -> None:
-    """`flwr run .` runs the quickstart, and Flower refuses keys that pyproject does not list."""
+def test_the_apps_config_is_a_products_defaults() -> None:
+    """Flower refuses keys that pyproject does not list; nothing there is of a simulated device."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    assert config == to_flat(compose(["quickstart"])), (
-        "run `python -m rankfit.configs.flower_defaults`"
-    )
+    assert config == known_keys(), "run `python -m rankfit.configs.flower_defaults`"
+    assert not RunSettings().simulated_keys()
+    for key in ("plan.upload-seconds", "plan.download-seconds", "server.min-clients"):
+        assert config[key] == 0, key
 
 
-def test_writing_the_apps_config_changes_nothing_else(tmp_path: Path) -> None:
-    copy = tmp_path / "pyproject.toml"
-    copy.write_text((ROOT / "pyproject.toml").read_text())
-    write_defaults(copy)
-    assert copy.read_text() == (ROOT / "pyproject.toml").read_text()
+def test_what_is_made_from_the_settings_is_up_to_date(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    write_defaults(tmp_path)
+    for name in ("pyproject.toml", "docs/settings.md"):
+        made = (tmp_path / name).read_text(encoding="utf-8")
+        assert made == (ROOT / name).read_text(encoding="utf-8"), (
+            f"{name}: run `python -m rankfit.configs.flower_defaults`"
+        )
+
+
+def test_every_setting_is_declared_whole() -> None:
+    found = {own.key: own for own in declared()}
+    assert list(found) == list(known_keys())
+    for own in found.values():
+        assert own.type in ("text", "true or false", "whole number", "number"), own
+        assert own.description.endswith((".", ")")) and len(own.description) > 15, own
+        if own.type in ("whole number", "number"):
+            assert own.range, f"{own.key} has no range"
+    assert found["run.rounds"].told() == "whole number ≥ 1, in rounds"
+    assert found["plan.margin-mib"].unit == "MiB" and found["client.idle-seconds"].unit == "s"
+    assert found["lora.dropout"].range == "≥ 0, < 1"
+    assert found["wire.dtype"].choices == ("float32", "float16", "bfloat16", "int8")
+
+
+@pytest.mark.parametrize("name", [*preset_names(), ""])
+def test_printed_settings_are_read_back(name: str, tmp_path: Path) -> None:
+    settings = compose([name] if name else [])
+    file = tmp_path / "mine.toml"
+    file.write_text(commented(settings), encoding="utf-8")
+    assert compose([str(file)]) == settings
+
+
+def test_the_schema_accepts_what_is_printed_and_refuses_what_is_not_there() -> None:
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(schema())
+    for name in preset_names():
+        validator.validate(tomllib.loads(commented(compose([name]))))
+        validator.validate(tomllib.loads((composing.PRESETS / f"{name}.toml").read_text()))
+    for wrong in ({"train": {"batchsize": 4}}, {"train": {"batch-size": 0}}, {"trian": {}}):
+        assert not validator.is_valid(wrong), wrong
+
+
+def test_the_quickstart_is_a_model_and_data_and_a_fleet() -> None:
+    assert compose(["quickstart"]) == compose(["digits", "small-devices", "run.name=quickstart"])
+    alone = compose(["digits"])
+    assert not alone.simulated_keys() and alone.plan == RunSettings().plan
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_deployment_leaves_simulated_devices_out(name: str) -> None:
+    deployed, simulated = compose([name], deployed=True), compose([name])
+    assert not deployed.simulated_keys(), "a preset of simulated devices is marked as one"
+    for key in ("server.min-clients", "plan.upload-seconds", "plan.download-seconds"):
+        assert to_flat(deployed)[key] == known_keys()[key], key
+    assert deployed.train == simulated.train and deployed.lora == simulated.lora
+
+
+def test_a_deployment_says_which_preset_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    compose(["quickstart"], deployed=True)
+    assert [r.getMessage() for r in caplog.records] == [
+        "preset small-devices describes simulated devices: left out of a deployment"
+    ]
 
 
 @pytest.mark.parametrize("name", preset_names())

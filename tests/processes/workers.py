@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +33,9 @@ SMALL = (
     "server.clients-per-round=2",
     "server.min-clients=2",
     "partition.kind=iid",
-    'fleet.memory-mib="5.98,16"',
-    'fleet.upload-mbps=""',
-    'fleet.download-mbps=""',
 )
+#: Memory that the nodes declare, in turn.
+MEMORY_MIB = (5.98, 16)
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,15 @@ class Federation:
 
 @contextmanager
 def federation(
-    folder: Path, nodes: int, environment: Mapping[str, str] | None = None
+    folder: Path,
+    nodes: int,
+    environment: Mapping[str, str] | None = None,
+    memory_mib: Sequence[float] = MEMORY_MIB,
 ) -> Iterator[Federation]:
-    """Start a SuperLink and ``nodes`` SuperNodes with partitions; all ends with the block."""
+    """Start a SuperLink and ``nodes`` SuperNodes with partitions; all ends with the block.
+
+    They declare ``memory_mib`` in turn; () = they are measured.
+    """
     # Short, because a socket's path has at most 108 bytes.
     runtime = Path(tempfile.mkdtemp(prefix="rf-"))
     own = {"XDG_RUNTIME_DIR": str(runtime), **(environment or {})}
@@ -121,6 +126,8 @@ def federation(
             for index in range(nodes):
                 running.register(f"node-{index}")
                 config = f"partition-id={index} num-partitions={nodes}"
+                if memory_mib:
+                    config += f" memory-mib={memory_mib[index % len(memory_mib)]}"
                 started.append(running.start_supernode(f"node-{index}", config))
             running.wait_online(nodes)
             yield Federation(running, runtime, tuple(started))
