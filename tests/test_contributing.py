@@ -1,0 +1,74 @@
+"""The worked examples of CONTRIBUTING.md, and the method of ``examples/``, do what they say."""
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rankfit.configs.flower_defaults import Setting
+from rankfit.configs.settings import RunSettings
+from tests.conftest import ROOT
+from tests.server.test_loop import lines
+
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def example(heading: str) -> dict[str, Any]:
+    """Names that the code under a heading defines."""
+    section = TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code, f"CONTRIBUTING.md: {heading}", "exec"), names)  # noqa: S102
+    return names
+
+
+def test_a_setting() -> None:
+    stop = example("Add a setting")["Stop"]
+    own = Setting.of("stop", "patience", stop.model_fields["patience"])
+    assert (own.key, own.told()) == ("stop.patience", "whole number ≥ 0, in rounds")
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        stop(patience=-1)
+
+
+def test_a_task() -> None:
+    from rankfit.tasks.data import Examples
+
+    task = example("Add a task")["LengthTask"](RunSettings())
+    split = task._split(Examples(["a", "bcd"], np.array([0, 1]), None, None))
+    batch = split.collate([1, 0])
+    assert batch["length"].tolist() == [[3.0], [1.0]] and batch["labels"].tolist() == [1, 0]
+    for name, spec in task.example_batch(2).items():
+        assert batch[name].shape == spec.shape and batch[name].dtype == spec.dtype
+    scores = task.metrics(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), batch["labels"])
+    assert scores["accuracy"] == 1.0
+
+
+def test_an_estimator_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankfit.estimator import calibration
+
+    monkeypatch.setattr(calibration, "TERMS", dict(calibration.TERMS))
+    example("Add an estimator term")
+    term = calibration.TERMS["my-kernel-scratch"]
+    assert term.value == 16 * 2**20 and term.source
+
+
+def test_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(ROOT / "examples" / "new_method.py"))["main"]
+    small = ("run.rounds=2", "simulation.clients=3", "method.warm-up-rounds=1", "train.steps=2")
+    found = main(*small)
+    assert set(found) == {"settled-a", "fedit", "rankfit"}
+    for folder in found.values():
+        assert [line["round"] for line in lines(tmp_path / folder)] == [0, 1, 2]
+    first, second = lines(tmp_path / found["settled-a"])[1:]
+    moved = [sum(c["parameters"] for c in line["clients"].values()) for line in (first, second)]
+    assert moved[1] < moved[0], "A rests after the warm-up"
+
+
+@pytest.mark.parametrize("name", re.findall(r"\]\(([\w./]+)\)", TEXT))
+def test_what_it_links_to_exists(name: str) -> None:
+    assert (ROOT / name).exists()
