@@ -72,3 +72,19 @@ def test_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", re.findall(r"\]\(([\w./]+)\)", TEXT))
 def test_what_it_links_to_exists(name: str) -> None:
     assert (ROOT / name).exists()
+
+
+def test_the_architecture_names_files_and_functions_that_are_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert len(text.split()) < 900, "one page"
+    files = set(re.findall(r"\b[a-z_]+/[a-z_]+\.py", text))
+    assert len(files) > 15
+    for name in files:
+        assert (ROOT / name).is_file(), name
+    for name, function in re.findall(r"`([\w/]+\.py): (\w+)`", text):
+        assert f"def {function}(" in (ROOT / name).read_text(encoding="utf-8"), (name, function)
+    owned = re.findall(r"`(?:(\w+)\.)?(\w+)` in `([\w/]+\.py)`", text)
+    assert owned
+    for owner, function, name in owned:
+        code = (ROOT / name).read_text(encoding="utf-8")
+        assert f"def {function}(" in code and f"class {owner}" * bool(owner) in code, name
