@@ -20,7 +20,9 @@ from rankfit.configs.settings import RunSettings, Scalar, known_keys, to_flat
 _HEADER = "[tool.flwr.app.config]\n"
 #: Units that the end of a name says.
 _UNITS = {"-seconds": "s", "-mib": "MiB", "-mbps": "Mbit/s"}
-_TYPES = {str: "text", bool: "true or false", int: "whole number", float: "number"}
+_TYPES: dict[object, str] = {
+    str: "text", bool: "true or false", int: "whole number", float: "number",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Setting:
         named = [short for end, short in _UNITS.items() if key.endswith(end)]
         return cls(
             key,
-            "text" if choices else _TYPES.get(field.annotation or str, str(field.annotation)),
+            "text" if choices else _TYPES[field.annotation],
             field.default,
             choices,
             ", ".join(_bounds(field)),
