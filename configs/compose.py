@@ -11,7 +11,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rankfit.configs.settings import ConfigError, RunSettings, Scalar, from_flat, known_keys
+from rankfit.configs.settings import (
+    ConfigError,
+    RunSettings,
+    Scalar,
+    from_flat,
+    known_keys,
+    refuse_renamed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +96,7 @@ def parse_override(text: str) -> dict[str, Scalar]:
     key, _, value = text.partition("=")
     key, value = key.strip(), value.strip()
     known = known_keys()
+    refuse_renamed(key)
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -42,6 +42,7 @@ __all__ = [
     "Train",
     "from_flat",
     "known_keys",
+    "refuse_renamed",
     "split_list",
     "split_numbers",
     "to_flat",
@@ -240,7 +241,7 @@ class Wire(Table):
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = setting(
         "float32", "Number type in which adapters travel."
     )
-    skip_held: bool = setting(
+    delta: bool = setting(
         False,
         "Nodes store the adapter that they were sent last, and what has not changed is "
         "not sent again.",
@@ -291,7 +292,7 @@ class Server(Table):
     momentum: Share = setting(0.9, "Momentum of `server.optimizer`; Adam's β₁.")
     second_momentum: Share = setting(0.99, "Adam's β₂ of `server.optimizer`.")
     epsilon: PositiveFloat = setting(1e-3, "Adam's ε of `server.optimizer`.")
-    keep_waiting: Count = setting(
+    max_waiting_updates: Count = setting(
         64,
         "Updates that may wait for those of earlier clients; beyond it they are merged as"
         " they come, and two runs of one seed may differ by rounding.",
@@ -444,6 +445,19 @@ class RunSettings(Table):
                 )
 
 
+#: Former keys with what they are now.
+RENAMED = {
+    "server.keep-waiting": "server.max-waiting-updates",
+    "wire.skip-held": "wire.delta",
+}
+
+
+def refuse_renamed(key: str) -> None:
+    """Raise :class:`ConfigError` with the new name for a key that has been renamed."""
+    if key in RENAMED:
+        raise ConfigError(f"setting {key!r} has been renamed: write {RENAMED[key]!r}")
+
+
 def known_keys() -> dict[str, Scalar]:
     """Every key of the run config with its default."""
     return to_flat(RunSettings())
@@ -468,6 +482,7 @@ def from_flat(flat: Mapping[str, Scalar]) -> RunSettings:
     known = known_keys()
     nested: dict[str, dict[str, Scalar]] = {}
     for key, value in flat.items():
+        refuse_renamed(key)
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else " (`rankfit settings` lists all)"

@@ -159,7 +159,7 @@ def play_round(
     began = time.monotonic()
     strategy, settings = federation.strategy, federation.settings
     replies = exchange(grid, outgoing, settings.server.round_timeout_seconds)
-    for position, reply in in_order(replies, settings.server.keep_waiting):
+    for position, reply in in_order(replies, settings.server.max_waiting_updates):
         strategy.fold(position, reply)
     adapter, outcomes = strategy.close_round()
     line: dict[str, Any] = {"round": number, **summarise(outcomes)}

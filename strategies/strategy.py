@@ -294,7 +294,7 @@ class Dispatch:
                 share,
                 messages.arrays_record(arrays),
                 arrays,
-                prints(arrays) if self._settings.wire.skip_held else {},
+                prints(arrays) if self._settings.wire.delta else {},
                 diagnosis.truncation(share, self._start.folds) if diagnosis else 0.0,
             )
         return self._parcels[key]
@@ -304,7 +304,7 @@ class Dispatch:
     ) -> tuple[ArrayRecord, dict[str, ConfigRecord], int]:
         """What is sent to a node, how it is completed there, and its bytes."""
         sent, record, extra = parcel.arrays, parcel.record, dict[str, ConfigRecord]()
-        if self._settings.wire.skip_held:
+        if self._settings.wire.delta:
             fewer, places = leave_out(sent, parcel.prints, self._held.get(node_id, {}))
             extra["held"] = ConfigRecord({**places})
             if places:

@@ -12,6 +12,7 @@ from rankfit.configs.compose import compose, parse_override, preset_names, read_
 from rankfit.configs.flower_defaults import commented, declared, schema
 from rankfit.configs.flower_defaults import main as write_defaults
 from rankfit.configs.settings import (
+    RENAMED,
     ConfigError,
     RunSettings,
     derive,
@@ -95,6 +96,16 @@ def test_a_deployment_leaves_simulated_devices_out(name: str) -> None:
     for key in ("server.min-clients", "plan.upload-seconds", "plan.download-seconds"):
         assert to_flat(deployed)[key] == known_keys()[key], key
     assert deployed.train == simulated.train and deployed.lora == simulated.lora
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_is_refused_with_its_new_name(old: str, tmp_path: Path) -> None:
+    assert old not in known_keys() and RENAMED[old] in known_keys()
+    table, _, key = old.partition(".")
+    (tmp_path / "old.toml").write_text(f"[{table}]\n{key} = 1\n")
+    for part in (f"{old}=1", str(tmp_path / "old.toml")):
+        with pytest.raises(ConfigError, match=f"renamed: write '{RENAMED[old]}'"):
+            compose([part])
 
 
 def test_a_deployment_says_which_preset_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""``wire.skip-held``: the same run with fewer bytes, also when a node forgets what it was sent."""
+"""``wire.delta``: the same run with fewer bytes, also when a node forgets what it was sent."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def download(line: dict[str, object]) -> dict[str, int]:
 def test_a_run_is_the_same_with_fewer_bytes(method: str, tmp_path: Path) -> None:
     parts = (f"method.name={method}", "head.mode=frozen", *UNLIMITED)
     run(settings_for(tmp_path, "whole", *parts))
-    run(settings_for(tmp_path, "fewer", *parts, "wire.skip-held=true"))
+    run(settings_for(tmp_path, "fewer", *parts, "wire.delta=true"))
     whole, fewer = lines(tmp_path / "whole"), lines(tmp_path / "fewer")
     for one, other in zip(whole, fewer, strict=True):
         assert one["evaluation"] == other["evaluation"]
@@ -31,7 +31,7 @@ def test_a_run_is_the_same_with_fewer_bytes(method: str, tmp_path: Path) -> None
 
 
 def test_a_node_that_forgot_gets_everything_again(tmp_path: Path) -> None:
-    parts = ("method.name=ffa-lora", "wire.skip-held=true", *UNLIMITED)
+    parts = ("method.name=ffa-lora", "wire.delta=true", *UNLIMITED)
     settings = settings_for(tmp_path, "forgets", *parts)
 
     def forget(message: Message, reply: Message) -> Message:
