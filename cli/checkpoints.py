@@ -173,7 +173,7 @@ def generate(
     evaluator = saved.evaluator()
     model = evaluator.hold(saved.adapter).eval()
     text = sys.stdin.read() if prompt == "-" else prompt
-    tokens = task.encoder.question(text, task.room)
+    tokens = task.encoder.question(text, task.form, task.room)
     (answer,) = write(
         model,
         task.encoder.tokenizer,

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rankfit.configs.learning import join_names
 from rankfit.configs.settings import (
     ConfigError,
     RunSettings,
@@ -101,15 +102,26 @@ def parse_override(text: str) -> dict[str, Scalar]:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown setting {key!r}{hint}")
-    quoted = len(value) >= 2 and value[0] == value[-1] == '"'
     if isinstance(known[key], str):
-        return {key: value[1:-1] if quoted else value}
+        return {key: _text(value)}
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError as error:
         expected = type(known[key]).__name__
         raise ConfigError(f"{key}: expected {expected}, got {value!r}") from error
     return {key: parsed}
+
+
+def _text(value: str) -> str:
+    """The text of an override: bare, in double quotes, or a TOML list of names."""
+    if len(value) >= 2 and value[0] == value[-1] == '"' and '"' not in value[1:-1]:
+        return value[1:-1]
+    if value.startswith("[") and value.endswith("]"):
+        try:
+            return join_names(tomllib.loads(f"value = {value}")["value"])
+        except tomllib.TOMLDecodeError:
+            pass  # text that happens to be in brackets
+    return value
 
 
 def _included(tables: dict[str, object], file: Path) -> list[str]:

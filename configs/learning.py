@@ -1,13 +1,54 @@
 """The settings of what is learnt: task, model, data, partition, head and local training."""
 
+import codecs
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+#: One name of a list: in double quotes, or up to the next comma.
+_NAME = re.compile(r'\s*(?:"((?:[^"]|"")*)"\s*(?:,|$)|([^",][^,]*|)(?:,|$))')
 
 
 def split_list(text: str) -> tuple[str, ...]:
     """Split comma-separated text; blanks around items and empty items are dropped."""
     return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Split comma-separated names, of which one in double quotes is kept as it is.
+
+    Inverse of :func:`join_names`.
+
+    Raises
+    ------
+    ValueError
+        If a quote is not closed, or a name is there twice.
+    """
+    names: list[str] = []
+    place = 0
+    while place < len(text):
+        found = _NAME.match(text, place)
+        if found is None:
+            raise ValueError(f"{text!r} is no list of names: a double quote is not closed")
+        quoted, plain = found.groups()
+        name = plain.strip() if quoted is None else quoted.replace('""', '"')
+        if name in names:
+            raise ValueError(f"{name!r} is there twice in {text!r}")
+        names += [name] if name else []
+        place = found.end()
+    return tuple(names)
+
+
+def join_names(names: Iterable[object]) -> str:
+    """Write names separated by commas, in double quotes where they need them."""
+    return ",".join(map(_quoted, map(str, names)))
+
+
+def _quoted(name: str) -> str:
+    plain = name == name.strip() and not set(name) & set(',"')
+    return name if plain else '"' + name.replace('"', '""') + '"'
 
 
 def split_numbers(text: str, key: str) -> tuple[float, ...]:
@@ -195,18 +236,32 @@ class Data(Table):
     )
     input_column: str = setting(
         "",
-        "Column of the input (empty = the task's default: `image` or `img`, or `text`); "
-        "two names, separated by a comma, are a pair of texts.",
+        "Column of the input (empty = the task's default: `image`, `img`, `file_name` or `path`; "
+        "`text`; causal-lm: as `data.format` says); two names, separated by a comma, are a pair of "
+        "texts; of causal-lm two are question and answer, three instruction, input and output.",
     )
     label_column: str = setting(
         "label",
         "Column of the label; causal-lm: a column that groups the examples (such as "
         "`task`), if it is there.",
     )
+    encoding: str = setting(
+        "",
+        "Encoding of text files (empty = found: UTF-8 or UTF-16 where a file is that, else cp1252).",
+    )
+    separator: str = setting(
+        "",
+        "What separates the cells of CSV and TSV files: one character, or `tab` (empty = found).",
+    )
+    quotes: Literal["auto", "quoted", "text"] = setting(
+        "auto",
+        "Quotes in CSV and TSV files: around cells, or text in themselves; `auto` is what gives "
+        "every row the header's cells.",
+    )
     class_names: str = setting(
         "",
-        "Comma-separated names of the classes in the order of their ids (empty = as found"
-        " in the data); nodes with files of their own need it unless the files name the "
+        "Comma-separated names of the classes in the order of their ids, one with a comma in "
+        "double quotes, or all as a TOML list (empty = as found in the data); nodes with files of their own need it unless the files name the "
         "classes.",
     )
     classes: Count = setting(0, "Keep only the first N classes (0 = all).", unit="classes")
@@ -222,10 +277,13 @@ class Data(Table):
     max_length: PositiveInt = setting(
         128, "Longest text; the rest of a longer one is cut off.", unit="tokens"
     )
-    format: Literal["instruction", "messages", "text"] = setting(
-        "instruction",
-        "causal-lm: columns `instruction`, `input` (may be absent) and `output`; or "
-        "`messages` with roles; or `text` alone.",
+    format: Literal["auto", "instruction", "messages", "sharegpt", "prompt-completion", "text"] = (
+        setting(
+            "auto",
+            "causal-lm: what a record is, by its columns where this is `auto`: an instruction "
+            "(with `output` and maybe `input`), a conversation (`messages`, or `conversations` as "
+            "ShareGPT has them), prompt and completion as they are, or plain text.",
+        )
     )
     template: Literal["alpaca", "chat", "plain"] = setting(
         "alpaca",
@@ -235,6 +293,29 @@ class Data(Table):
     bad_records: Literal["refuse", "skip"] = setting(
         "refuse", "A record that cannot be used stops the run, or is counted and left out."
     )
+
+    @field_validator("class_names")
+    @classmethod
+    def _names(cls, text: str) -> str:
+        split_names(text)
+        return text
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, name: str) -> str:
+        try:
+            codecs.lookup(name or "utf-8")
+        except LookupError as error:
+            raise ValueError(f"Python knows no encoding {name!r}") from error
+        return name
+
+    @field_validator("separator")
+    @classmethod
+    def _one_character(cls, text: str) -> str:
+        text = "\t" if text in ("tab", "\\t") else text
+        if len(text) > 1 or text in ('"', "\n", "\r"):
+            raise ValueError(f"{text!r} cannot separate cells; expected one character or tab")
+        return text
 
 
 class Partition(Table):

@@ -24,9 +24,11 @@ from rankfit.configs.learning import (
     Table,
     Task,
     Train,
+    join_names,
     kebab,
     setting,
     split_list,
+    split_names,
     split_numbers,
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "known_keys",
     "refuse_renamed",
     "split_list",
+    "split_names",
     "split_numbers",
     "to_flat",
 ]
@@ -488,6 +491,8 @@ def from_flat(flat: Mapping[str, Scalar]) -> RunSettings:
             hint = f"; did you mean {near[0]!r}?" if near else " (`rankfit settings` lists all)"
             raise ConfigError(f"unknown setting {key!r}{hint}")
         table, _, name = key.partition(".")
+        if isinstance(value, list) and isinstance(known[key], str):
+            value = join_names(value)  # a list in a TOML file
         nested.setdefault(table, {})[name] = value
     try:
         return RunSettings.model_validate(nested)

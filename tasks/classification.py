@@ -18,6 +18,8 @@ from rankfit.configs.settings import Model, split_list
 from rankfit.tasks.base_model import load_config
 from rankfit.tasks.data import DataError, Examples
 from rankfit.tasks.model_sources import ModelError, resolve_source
+from rankfit.tasks.readers import DataError, Reading
+from rankfit.tasks.records import Encode
 from rankfit.tasks.task import Split, Task, TensorSpec
 from rankfit.tasks.tokenizer import load_tokenizer, longest_text
 
@@ -37,6 +39,19 @@ class TextTask(Task):
                 "tokens"
             )
         return tokenizer
+
+    def _encoding(self) -> Encode:
+        """See the base class; a text of no tokens is refused, since most models cannot read it."""
+        tokenizer, max_length = self._tokenizer, self.settings.data.max_length
+
+        def tokens(inputs: Sequence[Any], reading: Reading | None) -> None:
+            parts = zip(*inputs, strict=True) if isinstance(inputs[0], tuple) else [inputs]
+            own = [tokenizer(list(p), add_special_tokens=False)["input_ids"] for p in parts]
+            if not all(any(ids) for ids in zip(*own, strict=True)):
+                raise DataError(f"holds {inputs[0]!r}, which has no tokens; expected text")
+            encode(tokenizer, inputs, max_length)
+
+        return tokens
 
     def _split(self, examples: Examples) -> Split:
         return TextSplit(examples, self._tokenizer, self.settings.data.max_length)
@@ -66,16 +81,21 @@ class TextSplit(Split):
 
     def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
         inputs = [self.examples.inputs[row] for row in rows]
-        # A pair shares one sequence; the longer of the two is cut first.
-        pairs = list(zip(*inputs, strict=True)) if isinstance(inputs[0], tuple) else [inputs]
-        encoded = self._tokenizer(
-            *(list(texts) for texts in pairs),
-            padding="longest",
-            truncation=True,
-            max_length=self._max_length,
-            return_tensors="pt",
-        )
-        return dict(encoded)  # each (b, longest)
+        return encode(self._tokenizer, inputs, self._max_length)
+
+
+def encode(tokenizer: Any, inputs: Sequence[Any], max_length: int) -> dict[str, Tensor]:
+    """Tokens of texts or pairs of texts, each tensor of shape (b, longest)."""
+    # A pair shares one sequence; the longer of the two is cut first.
+    pairs = list(zip(*inputs, strict=True)) if isinstance(inputs[0], tuple) else [inputs]
+    encoded = tokenizer(
+        *(list(texts) for texts in pairs),
+        padding="longest",
+        truncation=True,
+        max_length=max_length,
+        return_tensors="pt",
+    )
+    return dict(encoded)
 
 
 logger = logging.getLogger(__name__)
@@ -210,6 +230,16 @@ class ImageTask(Task):
         """Shape of one encoded image."""
         return tuple(self._processor(Image.new("RGB", (64, 48))).shape)
 
+    def _encoding(self) -> Encode:
+        """See the base class."""
+        processor, shape = self._processor, self._shape
+
+        def pixels(inputs: Sequence[Any], reading: Reading | None) -> None:
+            for image in inputs:
+                pixels_of(image, processor, shape)
+
+        return pixels
+
     def _split(self, examples: Examples) -> Split:
         return ImageSplit(examples, self._processor, self._shape)
 
@@ -240,18 +270,25 @@ class ImageSplit(Split):
 
     def _pixels(self, row: int) -> Tensor:
         try:
-            image = self.examples.inputs[row]
-        except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
-            raise DataError(
-                f"image {row} cannot be read: {error} (data.bad-records=skip leaves such images "
-                "out)"
-            ) from error
-        if image is None:
-            raise DataError(f"image {row} is missing (data.bad-records=skip leaves such rows out)")
-        pixels = self._processor(image)
-        if tuple(pixels.shape) != self._shape:
-            raise DataError(
-                f"image {row} is encoded as {tuple(pixels.shape)}, others as {self._shape}; the "
-                "model's image processor must give one size"
-            )
-        return pixels
+            return pixels_of(self.examples.inputs[row], self._processor, self._shape)
+        except (DataError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"image {row}: {error}") from error
+
+
+def pixels_of(image: Any, processor: Processor, shape: tuple[int, ...]) -> Tensor:
+    """Encode one picture.
+
+    Raises
+    ------
+    DataError
+        If it has another shape than others, or values that are no numbers.
+    """
+    pixels = processor(image)
+    if tuple(pixels.shape) != shape:
+        raise DataError(
+            f"is encoded as {tuple(pixels.shape)}, others as {shape}; the model's image processor "
+            "must give one size"
+        )
+    if not bool(pixels.isfinite().all()):
+        raise DataError("has pixels that are no finite numbers")
+    return pixels

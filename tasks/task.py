@@ -15,6 +15,8 @@ from rankfit.configs.settings import RunSettings, split_list
 from rankfit.tasks.data import Dataset, Examples, known_labels, read_data
 from rankfit.tasks.lora import chunks, free_cache, predict
 from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
+from rankfit.tasks.model_sources import source_fingerprint
+from rankfit.tasks.records import Encode
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,12 @@ class Task(ABC):
 
     @cached_property
     def _data(self) -> Dataset:
-        return read_data(self.settings, data_path=self.data_path)
+        return read_data(
+            self.settings,
+            data_path=self.data_path,
+            encode=self._encoding(),
+            model=source_fingerprint(self.settings.model),
+        )
 
     @cached_property
     def labels(self) -> int:
@@ -144,6 +151,10 @@ class Task(ABC):
         if self.settings.task.problem == "regression":
             return regression_metrics(logits, labels, names or ("pearson", "spearman"))
         return classification_metrics(logits, labels, names or DEFAULT)
+
+    @abstractmethod
+    def _encoding(self) -> Encode:
+        """What training does with inputs; raises where it would fail."""
 
     @abstractmethod
     def _split(self, examples: Examples) -> Split:

@@ -2,18 +2,25 @@
 
 import json
 import logging
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from rankfit.configs.settings import RunSettings, from_flat
 from rankfit.tasks import load_task
+from rankfit.tasks import readers as files
 from rankfit.tasks.classification import PlainProcessor
 from rankfit.tasks.data import DataError, read_data
 from rankfit.tasks.partition import PartitionError, partition_of
+from rankfit.tasks.readers import RecordError
 
 SKIP = {"data.bad-records": "skip"}
 
@@ -55,7 +62,7 @@ def test_texts_and_labels(
 def test_a_missing_label(tmp_path: Path) -> None:
     good: list[dict[str, object]] = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
     write(tmp_path, [*good, {"text": "x", "label": None}])
-    with pytest.raises(DataError, match="label None"):
+    with pytest.raises(DataError, match="row 40 has no label"):
         read_data(settings_for(tmp_path, "text-classification"))
     found = read_data(settings_for(tmp_path, "text-classification", **SKIP))
     assert found.class_names == ("a", "b") and len(found.train) + len(found.test) == 40
@@ -104,9 +111,14 @@ def test_language_records(
 
 
 def test_a_missing_column_of_language_data_is_named(tmp_path: Path) -> None:
-    write(tmp_path, [{"instruction": "a", "answer": "b"}] * 4)
-    with pytest.raises(DataError, match="no column 'output'; the columns are instruction, answer"):
+    write(tmp_path, [{"instruction": "a", "verdict": "b"}] * 4)
+    with pytest.raises(DataError, match="columns instruction, verdict are those of no known form"):
         read_data(settings_for(tmp_path, "causal-lm"))
+    named = {"data.format": "instruction"}
+    with pytest.raises(DataError, match="no column 'output'; the columns are instruction, verdict"):
+        read_data(settings_for(tmp_path, "causal-lm", **named))
+    named = {"data.input-column": "instruction,verdict"}
+    assert len(read_data(settings_for(tmp_path, "causal-lm", **named)).train) == 3
 
 
 def test_broken_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -120,8 +132,8 @@ def test_broken_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     whole = (tmp_path / "cat" / "0.png").read_bytes()
     (tmp_path / "cat" / "11.png").write_bytes(whole[: len(whole) // 2])
     task = load_task(settings_for(tmp_path, "image-classification"))
-    with pytest.raises(DataError, match="11.png: cannot be read|10.png: cannot be read"):
-        task.train.collate(range(len(task.train)))
+    with pytest.raises(DataError, match=r"row 2 cannot be read: .*10\.png: cannot be read"):
+        _ = task.train
     with caplog.at_level(logging.WARNING):
         task = load_task(settings_for(tmp_path, "image-classification", **SKIP))
         assert len(task.train) + len(task.test) == 20
@@ -166,3 +178,108 @@ def test_images_of_any_mode(mode: str, channels: int) -> None:
 def test_transparent_pixels_are_white() -> None:
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert (PlainProcessor(3, 8, 8)(clear) == 1).all()
+
+
+def save_words(folder: Path) -> str:
+    """A text classifier whose tokenizer, like GPT-2's, adds no token to a text."""
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "good", "film"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    config = BertConfig(vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=16)  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_texts_without_a_token(tmp_path: Path, ending: str, empty: str) -> None:
+    model = save_words(tmp_path / "model")
+    rows = [
+        {"text": empty if row in (4, 9) else "good film", "label": row % 2} for row in range(20)
+    ]
+    if ending == "csv":
+        lines = [f'"{row["text"]}",{row["label"]}' for row in rows]
+        (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
+    else:
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {"model.source": model}
+    with pytest.raises(RecordError, match="row 4 holds .*which has no tokens") as caught:
+        _ = load_task(settings_for(tmp_path, "text-classification", **changes)).train
+    assert (caught.value.row, caught.value.fault) == (4, "encoding")
+    task = load_task(settings_for(tmp_path, "text-classification", **changes, **SKIP))
+    assert len(task.train) + len(task.test) == 18
+    assert task.train.collate(range(len(task.train)))["input_ids"].shape[1] == 2
+
+
+def write_pictures(folder: Path) -> None:
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (8, 8), "red").save(folder / label / f"{number}.png")
+
+
+def bomb(width: int, height: int) -> bytes:
+    """The head of a PNG that says to have so many pixels."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    lines = zlib.compress(bytes(64))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("where", ["folder", "table"])
+@pytest.mark.parametrize("broken", ["truncated", "bomb", "no picture", "empty file"])
+def test_pictures_that_cannot_be_trained_on(tmp_path: Path, where: str, broken: str) -> None:
+    write_pictures(tmp_path / "data")
+    whole = (tmp_path / "data" / "cat" / "0.png").read_bytes()
+    content = {
+        "truncated": whole[: len(whole) // 2], "bomb": bomb(20_000, 10_000),
+        "no picture": b"no picture", "empty file": b"",
+    }[broken]  # fmt: skip
+    (tmp_path / "data" / "cat" / "3.png").write_bytes(content)
+    source = tmp_path / "data"
+    if where == "table":
+        files = sorted((tmp_path / "data").glob("*/*.png"))
+        images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+        labels = [file.parent.name for file in files]
+        source = tmp_path / "train.parquet"
+        Dataset.from_dict({"image": images, "label": labels}).to_parquet(source)
+    with pytest.raises(RecordError, match="row 3 cannot be read") as caught:
+        _ = load_task(settings_for(source, "image-classification")).train
+    assert (caught.value.row, caught.value.fault) == (3, "input")
+    task = load_task(settings_for(source, "image-classification", **SKIP))
+    assert len(task.train) + len(task.test) == 19
+    assert task.train.collate(range(len(task.train)))["pixel_values"].isfinite().all()
+
+
+def test_what_was_found_is_kept_until_the_files_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes of a simulation do not decode everything once more."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_pictures(tmp_path / "data")
+    (tmp_path / "data" / "cat" / "3.png").write_bytes(b"no picture")
+    opened: list[str] = []
+    before = files.ImageFiles.__getitem__
+
+    def count(self: files.ImageFiles, index: int) -> object:
+        opened.append(self.paths[index].name)
+        return before(self, index)
+
+    monkeypatch.setattr(files.ImageFiles, "__getitem__", count)
+    settings = settings_for(tmp_path / "data", "image-classification", **SKIP)
+    for looked_at in (20, 20):
+        task = load_task(settings)
+        assert len(task.train) + len(task.test) == 19 and len(opened) == looked_at
+    other = (tmp_path / "data" / "dog" / "1.png").read_bytes()
+    (tmp_path / "data" / "dog" / "0.png").write_bytes(other)
+    assert len(load_task(settings).train) and len(opened) == 40
+    kept = list((tmp_path / "cache" / "rankfit" / "screened").glob("*.json"))
+    assert [json.loads(file.read_text()) for file in kept] == [{"3": "input"}] * 2

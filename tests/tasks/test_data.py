@@ -165,8 +165,8 @@ def test_own_files_of_a_node(tmp_path):
     ("labels", "message"),
     [
         ([0, -1, 1, 0], "row 1 has label -1; expected 0 … 1"),
-        ([0, 0.5, 1, 0], "label 0.0 in column 'label'; expected integers alone or text alone"),
-        (["a", None, "b", "a"], "label None"),
+        ([0, 0.5, 1, 0], "row 1 has label 0.5; expected a whole number or text"),
+        (["a", None, "b", "a"], "row 1 has no label"),
     ],
 )
 def test_impossible_labels(tmp_path, labels, message):

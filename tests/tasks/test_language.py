@@ -154,8 +154,8 @@ def test_no_chat_template_and_one_that_rewrites_the_past_are_refused(tmp_path: P
     data.mkdir()
     save_model(model, save_tokenizer(model, TEXTS, chat=False), hidden=32)
     task = task_for(model, data, **{"data.template": "chat"})
-    with pytest.raises(DataError, match="no chat template"):
-        task.train.collate([0])
+    with pytest.raises(DataError, match="row 0 the tokenizer has no chat template"):
+        _ = task.train
     odd = SimpleNamespace(
         chat_template="x",
         apply_chat_template=lambda turns, tokenize, add_generation_prompt: f"{len(turns)} turns",
