@@ -21,7 +21,7 @@ from rankfit.cli.memory_report import memory_report
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError
 from rankfit.tasks.model_sources import ModelError
-from rankfit.tasks.readers import DataError
+from rankfit.tasks.records import DataError
 
 app = typer.Typer(
     add_completion=False,

@@ -16,10 +16,9 @@ from transformers.utils import cached_file
 
 from rankfit.configs.settings import Model, split_list
 from rankfit.tasks.base_model import load_config
-from rankfit.tasks.data import DataError, Examples
+from rankfit.tasks.data import Encode, Examples
 from rankfit.tasks.model_sources import ModelError, resolve_source
-from rankfit.tasks.readers import DataError, Reading
-from rankfit.tasks.records import Encode
+from rankfit.tasks.records import DataError, Reading
 from rankfit.tasks.task import Split, Task, TensorSpec
 from rankfit.tasks.tokenizer import load_tokenizer, longest_text
 

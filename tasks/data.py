@@ -1,263 +1,60 @@
-"""The examples of a run, with integer labels: the same label has the same id in every set."""
+"""The examples of a run: read from scikit-learn, local files or the hub, with integer labels.
 
+Inputs stay as they are read (text, images not yet decoded); the task encodes them. Before, every
+record goes once through what training does with it: a label is a class or a number, and the input
+is read, decoded, rendered and encoded. One that cannot be used is refused by name, or counted and
+left out. What was found is kept in a cache, so that the processes of a simulation and later runs
+on unchanged files do not repeat it.
+"""
+
+import hashlib
+import json
 import logging
-import math
-import re
-from collections.abc import Iterable, Sequence
+import os
+import stat
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
-from decimal import Decimal
-from numbers import Real
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankfit.configs.settings import RunSettings, derive, split_list, split_names
-from rankfit.tasks.prompts import task_of
-from rankfit.tasks.readers import (
-    Columns,
+from rankfit.tasks.prompts import as_passage, task_of
+from rankfit.tasks.readers import Columns, find_part, find_test, hub_parts, read_table
+from rankfit.tasks.records import (
     DataError,
+    Fault,
     Raw,
     Reading,
     RecordError,
     Rows,
-    find_part,
-    find_test,
-    hub_parts,
-    read_table,
+    assign,
+    is_number,
+    keep_first,
+    name_classes,
+    plain,
+    report_skipped,
+    select,
+    wrong_label,
 )
-from rankfit.tasks.records import Encode, report_skipped, screen
+
+__all__ = ["DataError", "Dataset", "Examples", "known_labels", "read_data"]
 
 log = logging.getLogger(__name__)
 
-#: A whole number, maybe written as a float; a code such as 007 is text.
-_WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,17}))(?:\.0*)?")
-_SHOWN = 8
-#: Rows whose labels were not given: data sets of the hub mark them so.
-_UNLABELLED = -1
+#: Encodes inputs as training would; an exception says that one of them cannot be.
+Encode = Callable[[Sequence[Any], Reading | None], object]
 
+#: Inputs that are encoded together, as long as none is wrong.
+_TOGETHER = 64
+#: What decides how an input is encoded, beside the data.
+_PACKAGES = ("transformers", "tokenizers", "pillow", "datasets")
+_KEPT_FILES = 200
 
-def wrong_label(label: Any) -> str:
-    """Say why a label cannot name a class; "" = it can."""
-    if isinstance(label, list | tuple | dict | np.ndarray):
-        return (
-            f"has the label {label!r}; expected one label a record, a number or text (several "
-            "labels a record are not supported)"
-        )
-    if _missing(label):
-        return "has no label"
-    if isinstance(label, Real | Decimal) and label != math.trunc(label):
-        return (
-            f"has label {label!r}; expected a whole number or text (task.problem=regression takes "
-            "numbers)"
-        )
-    return ""
-
-
-def plain(label: Any) -> int | str:
-    """A label as a whole number or as text, where :func:`wrong_label` finds nothing wrong."""
-    if isinstance(label, bool | np.bool_):
-        return str(bool(label))
-    if isinstance(label, Real | Decimal):
-        return int(math.trunc(label))
-    if isinstance(label, bytes):
-        return label.decode("utf-8", "backslashreplace")
-    return label.isoformat() if isinstance(label, date) else str(label)
-
-
-def typed(cells: Sequence[str]) -> Sequence[Any]:
-    """Cells of a file without types (CSV) as whole numbers, if all that are not empty are some."""
-    if all(not cell.strip() or _number(cell) is not None for cell in cells):
-        return [_number(cell) if cell.strip() else None for cell in cells]
-    return [cell if cell.strip() else None for cell in cells]
-
-
-def _missing(label: Any) -> bool:
-    if isinstance(label, str):
-        return not label.strip()
-    return label is None or (isinstance(label, Real | Decimal) and not math.isfinite(label))
-
-
-def _number(text: str) -> int | None:
-    """Whole number that a text is; None for others."""
-    found = _WHOLE.fullmatch(text.strip())
-    return None if found is None else int(found.group(1))
-
-
-def _same(label: int | str) -> str:
-    """What two spellings of one label have in common."""
-    text = str(label).strip()
-    number = _number(text)
-    if number is not None:
-        return str(number)
-    return text.capitalize() if text.casefold() in ("true", "false") else text
-
-
-def name_classes(settings: RunSettings, train: Raw, test: Raw | None) -> tuple[str, ...]:
-    """Names of the classes, in the order of their ids.
-
-    They come from ``data.class-names``, else from the data's own declaration, else from the labels
-    found: text sorted, whole numbers up to the largest (or to ``data.classes``), or 1 … n as they
-    are.
-
-    Raises
-    ------
-    DataError
-        If nodes with their own files could number the classes differently, or numbers are codes
-        with gaps.
-    """
-    if settings.task.problem == "regression":
-        return ()
-    declared = split_names(settings.data.class_names) or train.names
-    if declared:
-        _refuse_short(settings, len(declared))
-        return declared
-    labels = {plain(label) for raw in (train, test) if raw is not None for label in raw.labels}
-    numbers = sorted(label for label in labels if isinstance(label, int))
-    whole = len(numbers) == len(labels)
-    numbered = settings.task.kind == "causal-lm" or (whole and settings.data.classes)
-    if settings.partition.kind == "local" and not numbered:
-        raise DataError(
-            "partition.kind 'local': each node would number the classes by what its own files "
-            f"hold ({train.origin}); set data.class-names to the names of all classes"
-        )
-    if whole and settings.task.kind != "causal-lm":
-        names = _numbered(settings, train.origin, numbers)
-    else:
-        names = tuple(sorted(str(label) for label in labels))
-    _refuse_short(settings, len(names))
-    return names
-
-
-def _numbered(settings: RunSettings, origin: str, numbers: Sequence[int]) -> tuple[str, ...]:
-    """Names of classes that are numbers: ids from 0, or 1 … n, or a refusal."""
-    ids = [number for number in numbers if number >= 0]
-    top = max(ids, default=-1) + 1
-    if settings.partition.kind == "local":
-        return tuple(map(str, range(max(top, settings.data.classes))))
-    if list(numbers) == list(range(1, top)):
-        return tuple(map(str, numbers))
-    if not ids or top > max(2 * len(ids), settings.data.classes):
-        codes = ",".join(map(str, numbers[:_SHOWN])) + (",…" if len(numbers) > _SHOWN else "")
-        raise DataError(
-            f"data {origin}: the labels {codes} are no ids from 0 without gaps: name them as "
-            f"classes with data.class-names={codes}, or set data.classes to the number of ids"
-        )
-    absent = sorted(set(range(top)) - set(ids))
-    if absent:
-        log.warning("data %s: no record has label %s", origin, _shown(absent))
-    return tuple(map(str, range(top)))
-
-
-def _refuse_short(settings: RunSettings, count: int) -> None:
-    if settings.data.classes > count:
-        raise DataError(f"data.classes {settings.data.classes}: the data has only {count} classes")
-
-
-class Ids:
-    """Finds the id of a label: by its class's name, or, of names that are no numbers, by number."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self._exact = {name: number for number, name in enumerate(names)}
-        same: dict[str, list[int]] = {}
-        for number, name in enumerate(names):
-            same.setdefault(_same(name), []).append(number)
-        self._same = {text: ids[0] for text, ids in same.items() if len(ids) == 1}
-        self._truth = set(self._same) == {"True", "False"}
-        #: Whether a label may be an id: a name that is a number could be taken for one.
-        self.numbered = not self._truth and all(_is_word(name) for name in names)
-
-    def __call__(self, label: int | str) -> int | None:
-        """Id of a label; None where it is no class."""
-        found = self._exact.get(str(label), self._same.get(_same(label)))
-        if found is not None:
-            return found
-        number = _number(str(label))
-        truth = {"True": 1, "False": 0}.get(_same(label))
-        if self._truth and number in (0, 1):
-            return self._same[str(bool(number))]
-        if truth is not None:  # of "yes, no" nobody could tell which is which
-            return self._same.get(str(truth)) if set(self._same) == {"0", "1"} else None
-        if self.numbered and number is not None and 0 <= number < len(self.names):
-            return number
-        return None
-
-    def expected(self, label: int | str) -> str:
-        """What a label that is no class should have been."""
-        if _number(str(label)) is not None and (self.numbered or self._counted()):
-            return f"0 … {len(self.names) - 1}"
-        return f"one of {_shown(self.names)}"
-
-    def _counted(self) -> bool:
-        return list(self.names) == [str(number) for number in range(len(self.names))]
-
-
-def assign(raw: Raw, names: Sequence[str], *, skip: bool = False) -> NDArray[np.int64]:
-    """Turn labels into ids; with ``skip``, one that cannot be used becomes -1.
-
-    Raises
-    ------
-    RecordError
-        For a label that is no class or out of range.
-    """
-    ids = Ids(names)
-    found: dict[int | str, int] = {}
-    result = np.empty(len(raw.labels), dtype=np.int64)
-    for row, given in enumerate(raw.labels):
-        label = plain(given)
-        if label not in found:
-            number, wrong = _id(label, raw, ids)
-            if number is None and not skip:
-                raise RecordError(raw.origin, row, wrong, "label")
-            found[label] = -1 if number is None else number
-        result[row] = found[label]
-    return result
-
-
-def _id(label: int | str, raw: Raw, ids: Ids) -> tuple[int | None, str]:
-    """Id of a label, or what is wrong with it."""
-    named: int | str = label
-    if raw.names is not None and isinstance(label, int):  # a number of the data's own class
-        if not 0 <= label < len(raw.names):
-            expected = f"0 … {len(raw.names) - 1}"
-            return None, f"has label {label!r}; expected {expected}{_unlabelled(label)}"
-        named = raw.names[label]
-    number = ids(named)
-    return number, f"has label {named!r}; expected {ids.expected(named)}{_unlabelled(label)}"
-
-
-def _unlabelled(label: int | str) -> str:
-    return f" ({_UNLABELLED} stands for none in many data sets)" if label == _UNLABELLED else ""
-
-
-def keep_first(labels: NDArray[np.int64], classes: int, count: int) -> NDArray[np.int64]:
-    """Rows of the first ``classes`` classes (0 = all ``count`` of them)."""
-    return np.flatnonzero((labels >= 0) & (labels < (classes or count)))
-
-
-def _is_word(name: str) -> bool:
-    """Whether a class's name is no number."""
-    try:
-        float(name)
-    except ValueError:
-        return True
-    return False
-
-
-def _shown(names: Iterable[Any]) -> str:
-    listed = list(map(str, names))
-    return ", ".join(listed[:_SHOWN]) + (" …" if len(listed) > _SHOWN else "")
-
-
-def is_number(label: Any) -> bool:
-    """Whether a label is a finite number."""
-    return isinstance(label, Real | Decimal) and math.isfinite(label)
-
-
-__all__ = ["DataError", "Dataset", "Examples", "known_labels", "read_data"]
 
 _INPUT_COLUMNS = {
     "image-classification": ("image", "img", "file_name", "path"),
@@ -514,3 +311,174 @@ def _hold_out(examples: Examples, settings: RunSettings) -> tuple[Examples, Exam
 
 def _classifies(settings: RunSettings) -> bool:
     return settings.task.kind != "causal-lm" and settings.task.problem == "classification"
+
+
+# Screening
+
+
+def screen(raw: Raw, settings: RunSettings, encode: Encode | None = None, model: str = "") -> Raw:
+    """Leave out what cannot be used, if ``data.bad-records`` is ``skip``.
+
+    Parameters
+    ----------
+    encode
+        What training does with inputs (None = they are only looked at).
+    model
+        Fingerprint of what encodes them; "" = what is found is not kept.
+
+    Raises
+    ------
+    RecordError
+        For the first record that cannot be used, if the setting is ``refuse``.
+    """
+    skip = settings.data.bad_records == "skip"
+    place = _cache(raw, settings, model) if encode is not None and model else None
+    wrong = _load(place)
+    if wrong is None:
+        wrong = _search(raw, settings, encode, stop=not skip)
+        if not wrong or skip:
+            _save(place, wrong)
+    if wrong and not skip:
+        row, (what, fault) = min(wrong.items())
+        raise RecordError(raw.origin, row, what, fault)
+    report_skipped(raw.origin, len(wrong), "content that cannot be used")
+    if not wrong:
+        return raw
+    kept = [row for row in range(len(raw.labels)) if row not in wrong]
+    if not kept:
+        row, (what, fault) = min(wrong.items())
+        raise DataError(
+            f"data {raw.origin}: the set is empty: none of {len(raw.labels)} records can be used; "
+            f"row {row} {what}"
+        )
+    return select(raw, kept)
+
+
+Wrong = dict[int, tuple[str, Fault]]
+
+
+def _search(raw: Raw, settings: RunSettings, encode: Encode | None, *, stop: bool) -> Wrong:
+    """Rows that cannot be used, and why; with ``stop``, the first."""
+    wrong: Wrong = {}
+    rows = iter(range(len(raw.labels)))
+    while part := list(islice(rows, _TOGETHER)):
+        inputs: dict[int, Any] = {}
+        for row in part:
+            label = _wrong_label(raw.labels[row], settings)
+            if label:
+                wrong[row] = (label, "label")
+                continue
+            try:
+                inputs[row] = raw.inputs[row]
+                unusable = _wrong_input(inputs[row], raw, settings)
+            except Exception as error:  # noqa: BLE001 - whatever a decoder raises for a broken file
+                unusable = f"cannot be read: {_line(error)}"
+            if unusable:
+                wrong[row] = (unusable, "input")
+                inputs.pop(row, None)
+        if encode is not None and inputs:
+            wrong |= _not_encoded(inputs, encode, raw.reading)
+        if wrong and stop:
+            break
+    return wrong
+
+
+def _not_encoded(inputs: dict[int, Any], encode: Encode, reading: Reading | None) -> Wrong:
+    """Rows that cannot be encoded: tried together, and one by one where that fails."""
+    try:
+        encode(list(inputs.values()), reading)
+        return {}
+    except Exception:  # noqa: BLE001 - the one that is at fault is looked for below
+        pass
+    wrong: Wrong = {}
+    for row, value in inputs.items():
+        try:
+            encode([value], reading)
+        except Exception as error:  # noqa: BLE001 - training would fail by it, whatever it is
+            what = str(error) if isinstance(error, DataError) else (
+                f"cannot be encoded: {_line(error)}"
+            )  # fmt: skip
+            wrong[row] = (what, "encoding")
+    return wrong
+
+
+def _line(error: Exception) -> str:
+    """First line of an error."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _wrong_label(label: Any, settings: RunSettings) -> str:
+    if settings.task.kind == "causal-lm":
+        return ""  # it only groups records
+    if settings.task.problem == "classification":
+        return wrong_label(label)
+    return "" if is_number(label) else f"has label {label!r}, expected a number"
+
+
+def _wrong_input(value: Any, raw: Raw, settings: RunSettings) -> str:
+    if settings.task.kind == "image-classification":
+        return "holds no image" if value is None else ""
+    if settings.task.kind == "causal-lm":
+        try:
+            as_passage(value, settings, raw.reading)
+        except ValueError as error:
+            return str(error)
+        return ""
+    texts = value if isinstance(value, tuple) else (value,)
+    bad = next((part for part in texts if not isinstance(part, str)), "")
+    return "" if isinstance(bad, str) else f"holds {bad!r}, expected text"
+
+
+# What was found, kept between processes: numbers of rows and words, nothing of the records.
+
+
+def _cache(raw: Raw, settings: RunSettings, model: str) -> Path | None:
+    """File that holds what was found in the same content by the same means; None = none can."""
+    content = raw.fingerprint()
+    if not content:
+        return None
+    means = {
+        "content": content,
+        "model": model,
+        "task": settings.task.model_dump(mode="json"),
+        "data": settings.data.model_dump(mode="json", exclude={"source"}),
+        "packages": [version(name) for name in _PACKAGES],
+        "reading": None if raw.reading is None else dict(raw.reading.columns),
+    }
+    name = hashlib.sha256(json.dumps(means, sort_keys=True).encode()).hexdigest()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rankfit"
+    folder = base / "screened"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for own in (base, folder):
+            found = own.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+                return None
+        os.chmod(folder, 0o700)
+        return folder / f"{name}.json"
+    except OSError:
+        return None
+
+
+def _load(place: Path | None) -> Wrong | None:
+    try:
+        found = json.loads(place.read_text("utf-8")) if place is not None else None
+        if not isinstance(found, dict) or not set(found.values()) <= set(get_args(Fault)):
+            return None
+        return {int(row): ("was found unusable before", fault) for row, fault in found.items()}
+    except (OSError, ValueError):
+        return None
+
+
+def _save(place: Path | None, wrong: Wrong) -> None:
+    if place is None:
+        return
+    new = place.with_suffix(f".{os.getpid()}")
+    try:
+        new.write_text(json.dumps({row: fault for row, (_, fault) in wrong.items()}), "utf-8")
+        new.replace(place)
+        files = sorted(place.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for old in files[:-_KEPT_FILES]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        log.info("what is unusable in the data cannot be kept in %s: %s", place.parent, error)

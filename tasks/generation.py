@@ -12,7 +12,7 @@ from rankfit.tasks import prompts as commonsense
 from rankfit.tasks.lora import IGNORED, chunks, learnt
 from rankfit.tasks.metrics import scores
 from rankfit.tasks.prompts import Passage
-from rankfit.tasks.readers import DataError
+from rankfit.tasks.records import DataError
 from rankfit.tasks.task import Split
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks.base_model import load_config
-from rankfit.tasks.data import Examples
+from rankfit.tasks.data import Encode, Examples
 from rankfit.tasks.lora import IGNORED
 from rankfit.tasks.model_sources import ModelError
 from rankfit.tasks.prompts import (
@@ -23,8 +23,7 @@ from rankfit.tasks.prompts import (
     render_prompt,
     segments,
 )
-from rankfit.tasks.readers import DataError, Reading
-from rankfit.tasks.records import Encode
+from rankfit.tasks.records import DataError, Reading
 from rankfit.tasks.task import Indices, Split, Task, TensorSpec
 from rankfit.tasks.tokenizer import load_tokenizer, longest_text
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankfit.configs.learning import Data
 from rankfit.configs.settings import RunSettings, split_list
-from rankfit.tasks.readers import DataError, Reading
+from rankfit.tasks.records import DataError, Reading
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

@@ -1,20 +1,23 @@
-"""Readers of local files, folders of images and the hub: what every source of data gives back."""
+"""Where the parts of a data set lie: files, folders of tables or pictures, saved sets, the hub."""
 
-import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from rankfit.configs.learning import Data
 from rankfit.configs.settings import split_list
-from rankfit.tasks.data import typed
 from rankfit.tasks.prompts import KNOWN_COLUMNS, find_reading
-from rankfit.tasks.records import report_skipped, select
+from rankfit.tasks.records import (
+    Chained,
+    DataError,
+    Raw,
+    Reading,
+    report_skipped,
+    select,
+    typed,
+)
 from rankfit.tasks.tables import (
     ENDINGS,
     ArrowTable,
@@ -28,132 +31,15 @@ from rankfit.tasks.tables import (
     refuse_wrong_rows,
 )
 
-#: What is wrong with a record, in a word that says nothing of its content.
-Fault = Literal["cells", "encoding", "input", "label"]
-
-
-class DataError(ValueError):
-    """Data that is missing or cannot be used."""
-
-
-class RecordError(DataError):
-    """One record that cannot be used.
-
-    Attributes
-    ----------
-    row : int
-        Its position in the set, from 0.
-    fault : str
-        What is wrong, in a word; the message itself may quote the record.
-    """
-
-    def __init__(self, origin: str, row: int, wrong: str, fault: Fault) -> None:
-        super().__init__(
-            f"data {origin}: row {row} {wrong} (data.bad-records=skip leaves such rows out)"
-        )
-        self.row, self.fault = row, fault
-        self._parts = (origin, row, wrong, fault)
-
-    def __reduce__(self) -> tuple[type["RecordError"], tuple[str, int, str, Fault]]:
-        """Survive the way between processes."""
-        return RecordError, self._parts
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How records of language data are read.
-
-    Attributes
-    ----------
-    form : str
-        ``instruction``, ``messages``, ``sharegpt``, ``prompt-completion`` or ``text``.
-    columns : dict
-        Column of each part of a record.
-    """
-
-    form: str
-    columns: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Raw:
-    """Inputs and labels as they were read.
-
-    Attributes
-    ----------
-    origin : str
-        Names the data in errors.
-    inputs, labels : sequence
-        One of each for every record.
-    names : tuple of str or None
-        Classes that the data itself declares (ClassLabel); None where it only holds labels.
-    groups : sequence or None
-        Values of ``partition.column``.
-    reading : Reading or None
-        Of language data: how its records are read.
-    files : tuple of Path
-        Files that hold the records; with ``version``, what tells the same content again.
-    version : str
-        Fingerprint of content that is not in ``files``.
-    """
-
-    origin: str
-    inputs: Sequence[Any]
-    labels: Sequence[Any]
-    names: tuple[str, ...] | None = None
-    groups: Sequence[Any] | None = None
-    reading: Reading | None = None
-    files: tuple[Path, ...] = ()
-    version: str = ""
-
-    def fingerprint(self) -> str:
-        """Hash that changes with the content's files: their paths, sizes and times of change.
-
-        "" where the content comes from neither files nor a data set with a fingerprint.
-        """
-        if not self.files and not self.version:
-            return ""
-        digest = hashlib.sha256(f"{self.version} {len(self.labels)}".encode())
-        for file in self.files:
-            try:
-                found = file.stat()
-                state = f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
-            except OSError:
-                state = "absent"
-            digest.update(f"\0{file.absolute()} {state}".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Rows(Sequence[Any]):
-    """Some rows of a sequence, in an order, without a copy."""
-
-    whole: Sequence[Any]
-    rows: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.whole[int(self.rows[index])]
-
-
-@dataclass(frozen=True)
-class Chained(Sequence[Any]):
-    """Sequences one after another, without a copy."""
-
-    parts: tuple[Sequence[Any], ...]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, index: Any) -> Any:
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
-
+__all__ = [
+    "Columns",
+    "DataError",
+    "ImageFiles",
+    "find_part",
+    "find_test",
+    "hub_parts",
+    "read_table",
+]
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rankfit.configs.learning import Data
-from rankfit.tasks.readers import DataError, RecordError
+from rankfit.tasks.records import DataError, RecordError
 
 log = logging.getLogger(__name__)
 

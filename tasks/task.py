@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankfit.configs.settings import RunSettings, split_list
-from rankfit.tasks.data import Dataset, Examples, known_labels, read_data
+from rankfit.tasks.data import Dataset, Encode, Examples, known_labels, read_data
 from rankfit.tasks.lora import chunks, free_cache, predict
 from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
 from rankfit.tasks.model_sources import source_fingerprint
-from rankfit.tasks.records import Encode
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from rankfit.configs.settings import RunSettings, from_flat
-from rankfit.tasks import load_task
-from rankfit.tasks import readers as files
+from rankfit.tasks import load_task, readers
 from rankfit.tasks.classification import PlainProcessor
 from rankfit.tasks.data import DataError, read_data
 from rankfit.tasks.partition import PartitionError, partition_of
-from rankfit.tasks.readers import RecordError
+from rankfit.tasks.records import RecordError
 
 SKIP = {"data.bad-records": "skip"}
 
@@ -267,13 +266,13 @@ def test_what_was_found_is_kept_until_the_files_change(
     write_pictures(tmp_path / "data")
     (tmp_path / "data" / "cat" / "3.png").write_bytes(b"no picture")
     opened: list[str] = []
-    before = files.ImageFiles.__getitem__
+    before = readers.ImageFiles.__getitem__
 
-    def count(self: files.ImageFiles, index: int) -> object:
+    def count(self: readers.ImageFiles, index: int) -> object:
         opened.append(self.paths[index].name)
         return before(self, index)
 
-    monkeypatch.setattr(files.ImageFiles, "__getitem__", count)
+    monkeypatch.setattr(readers.ImageFiles, "__getitem__", count)
     settings = settings_for(tmp_path / "data", "image-classification", **SKIP)
     for looked_at in (20, 20):
         task = load_task(settings)

@@ -14,7 +14,7 @@ from rankfit.tasks.data import DataError
 from rankfit.tasks.language_model import LanguageTask
 from rankfit.tasks.lora import IGNORED
 from rankfit.tasks.prompts import as_passage, find_reading
-from rankfit.tasks.readers import RecordError
+from rankfit.tasks.records import RecordError
 
 WORDS = ["user assistant system tool Name a fruit. apple pear Be brief. weather in Rome sunny"] * 4
 #: A template that tells of tools and of calls.

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rankfit.configs.compose import compose, read_preset
 from rankfit.configs.learning import join_names, split_names
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
-from rankfit.tasks.data import DataError, Ids, known_labels, read_data
-from rankfit.tasks.readers import RecordError
+from rankfit.tasks.data import DataError, known_labels, read_data
+from rankfit.tasks.records import Ids, RecordError
 
 RATINGS = {"data.class-names": "1,2,3,4,5"}
 

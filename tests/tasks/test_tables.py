@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.tasks.data import DataError, read_data
-from rankfit.tasks.readers import RecordError
+from rankfit.tasks.records import RecordError
 
 #: With ``data.test-fraction`` of a hundredth, one record is held out.
 COUNT = 24
