@@ -247,7 +247,7 @@ class Data(Table):
     )
     encoding: str = setting(
         "",
-        "Encoding of text files (empty = found: UTF-8 or UTF-16 where a file is that, else cp1252).",
+        "Encoding of text files (empty = found: UTF-8 or UTF-16, else cp1252).",
     )
     separator: str = setting(
         "",
@@ -261,8 +261,8 @@ class Data(Table):
     class_names: str = setting(
         "",
         "Comma-separated names of the classes in the order of their ids, one with a comma in "
-        "double quotes, or all as a TOML list (empty = as found in the data); nodes with files of their own need it unless the files name the "
-        "classes.",
+        "double quotes, or all as a TOML list (empty = as found in the data); nodes "
+        "with files of their own need it unless the files name the classes.",
     )
     classes: Count = setting(0, "Keep only the first N classes (0 = all).", unit="classes")
     test_fraction: Fraction = setting(
