@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+STUB_GPU ?= .stub-gpu
 
 export HF_HUB_OFFLINE ?= 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
@@ -10,7 +11,7 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 export FLWR_TELEMETRY_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test test-gpu lint format bench clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +30,12 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
+# On stub GPUs under torch's CUDA build, which is downloaded once (530 MB): tests/stub_gpu/README.md.
+test-gpu: setup
+	$(BIN)/python tests/stub_gpu/build.py $(STUB_GPU)
+	STUB_GPU_HOME=$(abspath $(STUB_GPU)) $(BIN)/python -m tests.stub_gpu.gpu $(STUB_GPU)/state \
+		$(abspath $(BIN))/python -m pytest tests/gpu -n 2
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,4 +50,4 @@ bench: setup
 	@ls benchmarks/*.py
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(STUB_GPU) build dist

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging
 
 from rankfit.configs import settings as config_settings
@@ -46,11 +47,12 @@ def check_quantizable(model: Model, source: str) -> None:
         )
 
 
-def quantization(model: Model, source: str) -> dict[str, Any]:
+def quantization(model: Model, source: str, kept: Sequence[str] = ()) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for ``model.quantization``; {} = as the weights are.
 
     nf4 is 4-bit NormalFloat with double quantisation (QLoRA, arXiv:2305.14314), nf4-single without;
-    int8 is LLM.int8() (arXiv:2208.07339). What is computed is in ``model.precision``.
+    int8 is LLM.int8() (arXiv:2208.07339). What is computed is in ``model.precision``. Modules named
+    in ``kept`` stay as they are.
 
     Raises
     ------
@@ -74,9 +76,10 @@ def quantization(model: Model, source: str) -> dict[str, Any]:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=model.quantization == "nf4",
             bnb_4bit_compute_dtype=kind,
+            llm_int8_skip_modules=list(kept),
         )
         if model.quantization != "int8"
-        else BitsAndBytesConfig(load_in_8bit=True)
+        else BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(kept))
     )
     # The current one: each process of a client with several GPUs has its own.
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
@@ -262,7 +265,9 @@ def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedM
     config = load_config(model_settings, labels=labels, problem=settings.task.problem)
     if kind == "text-classification" and _lacks_padding(config):
         config.pad_token_id = pad_token_id(model_settings, source, config)
-    quantized = quantization(model_settings, source.kind)
+    quantized: dict[str, Any] = {}
+    if model_settings.quantization != "none":
+        quantized = quantization(model_settings, source.kind, _never_quantized(settings, config))
     with _seeded(settings.run.seed), _quiet():
         try:
             if source.kind == "config":
@@ -283,6 +288,17 @@ def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedM
             wrap(model, target_modules(model, settings.lora.targets))
     model.requires_grad_(False)
     return model.eval()
+
+
+def _never_quantized(
+    settings: config_settings.RunSettings, config: PreTrainedConfig
+) -> tuple[str, ...]:
+    """Output layer and tied layers, as transformers has it, and heads: they are trained."""
+    model = settings.model
+    empty = build_empty(
+        config, settings.task.kind, attention=model.attention, precision=model.precision
+    )
+    return (*get_keys_to_not_convert(empty), *whole_modules(empty, settings.head))
 
 
 def _load_weights(

@@ -1,7 +1,5 @@
 """fp16, autocast and every optimizer: live bytes against a real CPU step, one trace for all."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 
@@ -73,10 +71,6 @@ def test_every_optimizer_takes_what_it_takes_on_a_cpu(name: str, optimizer: str)
     assert TRACES(spec).peak_live(ranks) == real_peak(spec, ranks)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed (extra quantized)",
-)
 @pytest.mark.parametrize("rank", [3, 40, 150])
 def test_adamw_in_8_bits_takes_at_most_12_kib_less_for_each_state(rank: int):
     """Below 4096 numbers its state is float32, which is no multiple of the rank."""

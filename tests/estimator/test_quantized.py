@@ -1,6 +1,5 @@
 """Bases in 4 and 8 bits: against bitsandbytes on a CPU, and by the layout of its tensors."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,10 +76,6 @@ def hidden(model: nn.Module) -> Iterator[Tensor]:
             yield weight.SCB
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed (extra quantized)",
-)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.adapters.adapter import Adapter, Factors, initial
@@ -18,14 +19,15 @@ from rankfit.estimator.plan import Plan
 from rankfit.tasks.base_model import (
     ModelError,
     fingerprint,
+    inject,
     load_base,
     quantization,
     target_modules,
+    whole_modules,
 )
 from rankfit.tasks.lora import target_shapes
 
 RECORDS = [{"instruction": f"Say {i}.", "output": f"it is {i}"} for i in range(8)]
-HERE = importlib.util.find_spec("bitsandbytes") is not None
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,6 @@ def workspace(root: Path, kind: str) -> Workspace:
     return Workspace(from_flat(flat), None)
 
 
-@pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed (extra quantized)")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_adapters_train_on_a_quantised_base(root: Path, kind: str) -> None:
     space, plain = workspace(root, kind), workspace(root, "none")
@@ -82,7 +83,6 @@ def test_adapters_train_on_a_quantised_base(root: Path, kind: str) -> None:
     assert evaluate(plain, trained, rows)["loss"] < evaluate(plain, start, rows)["loss"] - 0.1
 
 
-@pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed (extra quantized)")
 def test_what_flora_folds_lies_beside_a_quantised_base(root: Path) -> None:
     """Nothing can be added to 4-bit weights: the folded part comes as a frozen second adapter."""
     space = workspace(root, "nf4")
@@ -111,7 +111,35 @@ def test_what_cannot_be_quantised_is_refused_by_name(
     assert quantization(from_flat({}).model, "builtin") == {}
 
 
-@pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed (extra quantized)")
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "int8"])
+@pytest.mark.parametrize("modules", ["", "bert.pooler, classifier"])
+def test_a_head_that_is_trained_is_not_quantised(tmp_path: Path, kind: str, modules: str) -> None:
+    config = BertConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    settings = from_flat(
+        {
+            "task.kind": "text-classification",
+            "model.source": str(tmp_path),
+            "model.quantization": kind,
+            "head.modules": modules,
+        }
+    )
+    base = load_base(settings, 3)
+    heads = whole_modules(base, settings.head)
+    for head in heads:
+        weights = [p for p in base.get_submodule(head).parameters() if p.dim() == 2]
+        assert weights and all(weight.is_floating_point() for weight in weights)
+    targets = target_modules(base, "default")
+    assert not base.get_submodule(targets[0]).weight.is_floating_point()
+    model = inject(base, dict.fromkeys(targets, 2), scale=1.0, dropout=0.0, heads=heads)
+    ids = torch.randint(3, 50, (4, 6))
+    model(input_ids=ids, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("precision", ["nf4", "nf4-single", "int8"])
 def test_a_plan_lowers_the_base_of_one_client(root: Path, precision: str) -> None:
     """The base is checked as the server has it; trained is on its weights in fewer bits."""

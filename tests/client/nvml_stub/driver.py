@@ -13,6 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+#: Where device.h lies, which tells NVML and the stub's CUDA of the same devices.
+DEVICES = ROOT / "tests" / "stub_gpu" / "libraries"
 MIB = 2**20
 
 _ASK = """
@@ -46,7 +48,7 @@ print(json.dumps({"answers": answers, "modules": sorted(sys.modules)}))
 def build(folder: Path, *flags: str) -> Path:
     """Compile the stub into ``folder`` and return the folder, for LD_LIBRARY_PATH."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", *flags]
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", f"-I{DEVICES}", *flags]
     command += [str(HERE / "nvml_stub.c"), "-o", str(folder / "libnvidia-ml.so.1")]
     subprocess.run(command, check=True)
     return folder

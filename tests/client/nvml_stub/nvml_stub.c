@@ -1,10 +1,10 @@
 /* A driver library without a GPU: the NVML calls that rankfit.client.nvml makes, answered from
  * environment variables, so that the genuine nvidia-ml-py runs against it.
  *
- *   NVML_STUB_GPUS=2                       number of GPUs
- *   NVML_STUB_<d>_NAME, _UUID, _CC=7.5     d = 0, 1, … for GPUs; 0_MIG1 for slice 1 of GPU 0
- *   NVML_STUB_<d>_TOTAL, _FREE, _RESERVED  bytes
- *   NVML_STUB_<d>_PIDS=11,12               compute processes
+ * The devices are those of tests/stub_gpu/libraries/device.h, where their variables are told;
+ * what processes take of them through the stub's CUDA is not free here. Here alone:
+ *
+ *   NVML_STUB_<d>_PIDS=11,12               further compute processes
  *   NVML_STUB_<g>_MIG=1, _SLICES=2         MIG mode (unset: not supported) and slots for slices;
  *                                          a slot without UUID is empty
  *   NVML_STUB_FAIL=function=code,…         error code of a function; function@d=code for a device
@@ -12,12 +12,9 @@
  *
  * Compiled with -DOLD_DRIVER it lacks the symbols that drivers before 510 lack. Structs and error
  * codes follow nvml.h. */
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "device.h"
 
 typedef int nvmlReturn_t;
-typedef struct { int gpu, slice; } Device; /* slice -1: the whole GPU */
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } Memory_v2;
 typedef struct {
@@ -26,23 +23,18 @@ typedef struct {
 
 enum {
     SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
-    INSUFFICIENT_SIZE = 7, ARGUMENT_VERSION_MISMATCH = 25
+    INSUFFICIENT_SIZE = 7, GPU_IS_LOST = 15, ARGUMENT_VERSION_MISMATCH = 25
 };
-enum { MOST = 8 };
 
 static Device gpus[MOST], slices[MOST][MOST];
 static int initialised = 0;
 
 static const char *setting(const Device *device, const char *key) {
-    char name[128];
-    if (device->slice < 0) snprintf(name, sizeof name, "NVML_STUB_%d_%s", device->gpu, key);
-    else snprintf(name, sizeof name, "NVML_STUB_%d_MIG%d_%s", device->gpu, device->slice, key);
-    return getenv(name);
+    return device_setting(*device, key);
 }
 
 static unsigned long long number(const Device *device, const char *key) {
-    const char *text = setting(device, key);
-    return text ? strtoull(text, NULL, 10) : 0;
+    return (unsigned long long)device_number(*device, key, 0);
 }
 
 /* The code that NVML_STUB_FAIL asks for, or SUCCESS. */
@@ -71,8 +63,10 @@ static void note(const char *what) {
 
 #define ENTER(device) do { \
     nvmlReturn_t wanted = failure(__func__, device); \
+    const Device *asked = device; \
     if (!initialised) return UNINITIALIZED; \
-    if (wanted) return wanted; } while (0)
+    if (wanted) return wanted; \
+    if (asked && lost(*asked)) return GPU_IS_LOST; } while (0)
 
 static nvmlReturn_t text_answer(const Device *device, const char *key, char *out, unsigned size) {
     const char *text = setting(device, key);
@@ -96,6 +90,9 @@ nvmlReturn_t nvmlInitWithFlags(unsigned flags) {
     note("init");
     return SUCCESS;
 }
+
+nvmlReturn_t nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
+nvmlReturn_t nvmlInit(void) { return nvmlInitWithFlags(0); }
 
 nvmlReturn_t nvmlShutdown(void) {
     ENTER(NULL);
@@ -149,7 +146,7 @@ nvmlReturn_t nvmlDeviceGetCudaComputeCapability(Device *device, int *major, int 
 nvmlReturn_t nvmlDeviceGetMemoryInfo(Device *device, Memory *memory) {
     ENTER(device);
     memory->total = number(device, "TOTAL");
-    memory->free = number(device, "FREE");
+    memory->free = (unsigned long long)device_free(*device);
     memory->used = memory->total - memory->free; /* v1 counts what is reserved as used */
     return SUCCESS;
 }
@@ -159,7 +156,7 @@ nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(Device *device, Memory_v2 *memory) {
     ENTER(device);
     if (memory->version != (sizeof(Memory_v2) | 2u << 24)) return ARGUMENT_VERSION_MISMATCH;
     memory->total = number(device, "TOTAL");
-    memory->free = number(device, "FREE");
+    memory->free = (unsigned long long)device_free(*device);
     memory->reserved = number(device, "RESERVED");
     memory->used = memory->total - memory->free - memory->reserved;
     return SUCCESS;
@@ -173,6 +170,14 @@ static nvmlReturn_t processes(Device *device, unsigned *count, Process *out) {
     snprintf(buffer, sizeof buffer, "%s", text ? text : "");
     for (entry = strtok_r(buffer, ",", &rest); entry; entry = strtok_r(NULL, ",", &rest), found++)
         if (out && found < room) out[found] = (Process){(unsigned)atoi(entry), 1 << 20, 0, 0};
+    for (int i = 0; i < PROCESSES; i++) {
+        const Taker *row = &takers()[i];
+        long long bytes = row->bytes[device_place(*device)];
+        if (bytes <= 0 || !alive(row->pid)) continue;
+        if (out && found < room)
+            out[found] = (Process){(unsigned)row->pid, (unsigned long long)bytes, 0, 0};
+        found++;
+    }
     *count = found;
     return found > room ? INSUFFICIENT_SIZE : SUCCESS;
 }
@@ -215,4 +220,53 @@ nvmlReturn_t nvmlDeviceGetDeviceHandleFromMigDeviceHandle(Device *slice, Device 
     if (slice->slice < 0) return INVALID_ARGUMENT;
     *device = &gpus[slice->gpu];
     return SUCCESS;
+}
+
+/* What torch asks for: its message about memory, and its search for links between GPUs. */
+typedef struct { unsigned pid; unsigned long long used; } Process_v1;
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses(Device *device, unsigned *count, Process_v1 *out) {
+    Process found[64];
+    unsigned room = *count < 64 ? *count : 64;
+    ENTER(device);
+    *count = room;
+    nvmlReturn_t code = processes(device, count, found);
+    for (unsigned i = 0; out && i < *count && i < room; i++)
+        out[i] = (Process_v1){found[i].pid, found[i].used};
+    return code;
+}
+
+nvmlReturn_t nvmlDeviceGetHandleByPciBusId_v2(const char *bus, Device **device) {
+    unsigned domain, number;
+    ENTER(NULL);
+    if (sscanf(bus, "%x:%x:", &domain, &number) != 2 || number - 1 >= (unsigned)gpu_count())
+        return NOT_FOUND;
+    *device = &gpus[number - 1];
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlSystemGetCudaDriverVersion_v2(int *version) {
+    const char *text = getenv("STUB_GPU_DRIVER");
+    ENTER(NULL);
+    *version = text ? atoi(text) : 13000;
+    return SUCCESS;
+}
+
+nvmlReturn_t nvmlDeviceGetNvLinkRemoteDeviceType(Device *device, unsigned link, int *type) {
+    (void)device, (void)link, (void)type;
+    return NOT_SUPPORTED;
+}
+
+nvmlReturn_t nvmlDeviceGetNvLinkRemotePciInfo_v2(Device *device, unsigned link, void *info) {
+    (void)device, (void)link, (void)info;
+    return NOT_SUPPORTED;
+}
+
+nvmlReturn_t nvmlDeviceGetGpuFabricInfoV(Device *device, void *info) {
+    (void)device, (void)info;
+    return NOT_SUPPORTED;
+}
+
+nvmlReturn_t nvmlDeviceGetFieldValues(Device *device, int count, void *values) {
+    (void)device, (void)count, (void)values;
+    return NOT_SUPPORTED;
 }

@@ -1,0 +1,1 @@
+"""LoRA state as mathematics: names, slices, products, merging and wire encoding."""

@@ -1,0 +1,102 @@
+"""Leaving out of a message what the other side holds: directions that did not change. No torch.
+
+Each direction (row of A, column of B) and each head is told by a hash of its bytes on the wire, and
+looked up in what the other side was sent last: a factor that rests in an alternation, and what was
+folded in earlier rounds, travels once.
+"""
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankfit.adapters import names
+
+Arrays = dict[str, NDArray[np.generic]]
+#: By array, a hash of each of its directions.
+Prints = Mapping[str, Sequence[bytes]]
+#: By array, where each of its directions is among those that are held; −1 = it is sent.
+Places = dict[str, list[int]]
+
+
+class NotHeld(LookupError):
+    """What was left out is not held (any more)."""
+
+
+def prints(arrays: Mapping[str, NDArray[np.generic]]) -> Prints:
+    """Hashes of everything in a message, as it was encoded."""
+    return {
+        name: tuple(
+            blake2b(part.tobytes(), digest_size=12).digest() for part in _parts(name, array)
+        )
+        for name, array in arrays.items()
+    }
+
+
+def leave_out(
+    arrays: Mapping[str, NDArray[np.generic]], own: Prints, held: Prints
+) -> tuple[Arrays, Places]:
+    """The arrays without the directions that are held, and where those are.
+
+    Parameters
+    ----------
+    own : Prints
+        Of the arrays.
+    held : Prints
+        Of what the other side was sent last.
+    """
+    sent: Arrays = {}
+    places: Places = {}
+    for name, array in arrays.items():
+        known = {print_: place for place, print_ in enumerate(held.get(name, ()))}
+        where = [known.get(print_, -1) for print_ in own[name]]
+        if max(where, default=-1) < 0:
+            sent[name] = array
+            continue
+        places[name] = where
+        new = [index for index, place in enumerate(where) if place < 0]
+        if new:
+            sent[name] = np.ascontiguousarray(np.take(array, new, axis=_axis(name)))
+    return sent, places
+
+
+def fill_in(
+    sent: Mapping[str, NDArray[np.generic]],
+    places: Mapping[str, Sequence[int]],
+    held: Mapping[str, NDArray[np.generic]],
+) -> Arrays:
+    """Inverse of :func:`leave_out`, from the arrays that are held.
+
+    Raises
+    ------
+    NotHeld
+        If they are not.
+    """
+    arrays: Arrays = {name: array for name, array in sent.items() if name not in places}
+    for name, where in places.items():
+        old = _parts(name, held[name]) if name in held else []
+        if max(where) >= len(old):
+            raise NotHeld(
+                f"{name!r} was left out of the message because this client was sent it before, but "
+                "it is not here: the SuperNode lost its state; the next message will be whole"
+            )
+        new = iter(_parts(name, sent[name]) if name in sent else [])
+        parts = [old[place] if place >= 0 else next(new) for place in where]
+        axis = _axis(name)
+        arrays[name] = parts[0] if axis is None else np.ascontiguousarray(np.stack(parts, axis))
+    return arrays
+
+
+def _axis(name: str) -> int | None:
+    """Axis along which an array's directions lie; None = it is one piece."""
+    plain, _, tag = name.partition("|")
+    kind = names.parse(plain)[1]
+    if kind == "head":
+        return None
+    return 0 if kind == "a" or tag.endswith("scale") else 1
+
+
+def _parts(name: str, array: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+    axis = _axis(name)
+    return [array] if axis is None else list(np.moveaxis(array, axis, 0))

@@ -1,0 +1,274 @@
+"""Merging updates of different ranks into the global adapter, one by one.
+
+A merge is created from the global adapter of the round, is given each update as it arrives, and
+yields the next global adapter. Weights are numbers of samples; they are normalised at the end, so
+an update may arrive or fail without the others knowing. Head tensors are averaged, whatever the
+method does with the factors.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rankfit.adapters.product import ProductSum
+from rankfit.adapters.state import Adapter, Factors
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client trained.
+
+    Attributes
+    ----------
+    given : Adapter
+        What the client was given to start from (its trainable part).
+    trained : Adapter
+        The same shapes after training; factors that did not move are as given.
+    weight : float
+        Number of samples.
+    indices : Mapping[str, Tensor]
+        By module, the directions of the global adapter that were given, shape (rank,), int64; a
+        module that is absent was given the leading ones.
+    """
+
+    given: Adapter
+    trained: Adapter
+    weight: float
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def directions(self, module: str) -> Tensor:
+        """Directions of the global adapter that the module's factors stand for, (rank,) int64."""
+        found = self.indices.get(module)
+        return torch.arange(self.trained.factors[module].rank) if found is None else found
+
+
+class Merge(ABC):
+    """Folds updates into a global adapter.
+
+    Parameters
+    ----------
+    reference : Adapter
+        The global adapter of this round.
+    seed : int
+        For directions that must be drawn anew.
+    """
+
+    #: Whether direction j of the next adapter continues direction j of this one, so that a change
+    #: of the factors means something; a merge that re-factorises rotates them.
+    aligned = True
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        self.reference = reference
+        self.seed = seed
+        self.total = 0.0
+        #: How far above the best approximation's error a merge of products may be, relative to it;
+        #: 0 = exact. See :func:`rankfit.adapters.lowrank.strongest`.
+        self.tolerance = 0.0
+        #: Where products are summed and decomposed; set before the first update.
+        self.device = torch.device("cpu")
+        self._head = {name: torch.zeros_like(t) for name, t in reference.head.items()}
+
+    def add(self, update: Update) -> None:
+        """Fold one update in.
+
+        Raises
+        ------
+        ValueError
+            If the weight is not positive, or a shape does not fit the global adapter.
+        """
+        if not update.weight > 0:
+            raise ValueError(f"an update of weight {update.weight} cannot be merged")
+        if set(update.trained.head) != set(self._head):
+            raise ValueError(
+                f"head tensors {sorted(update.trained.head)} do not match {sorted(self._head)}"
+            )
+        for name, tensor in update.trained.head.items():
+            if tensor.shape != self._head[name].shape:
+                raise ValueError(f"head tensor {name!r} is {tuple(tensor.shape)}")
+        for module, factors in update.trained.factors.items():
+            _check_fits(module, factors, update.directions(module), self.reference)
+        self._add_factors(update)
+        for name, tensor in update.trained.head.items():
+            self._head[name].add_(tensor, alpha=update.weight)
+        self.total += update.weight
+
+    def finish(self) -> Adapter:
+        """Return the next global adapter, or the reference itself if nothing was added."""
+        if self.total == 0:
+            return self.reference
+        head = {name: tensor / self.total for name, tensor in self._head.items()}
+        modules = list(self.reference.factors)
+        factors = dict(zip(modules, in_threads(self._finish_module, modules), strict=True))
+        return Adapter(factors, self.reference.scale, head)
+
+    def residual(self) -> Adapter | None:
+        """What the next adapter leaves out and the base takes in; None = nothing (most merges).
+
+        Asked for after :meth:`finish`.
+        """
+        return None
+
+    @abstractmethod
+    def _add_factors(self, update: Update) -> None:
+        """Fold the factors of a checked update in."""
+
+    @abstractmethod
+    def _finish_module(self, module: str) -> Factors:
+        """Give the next global factors of one module."""
+
+    def _product_sum(self, module: str) -> ProductSum:
+        """An empty sum for the products of a module."""
+        own = self.reference.factors[module]
+        return ProductSum(own.b.shape[0], own.a.shape[1], self.device)
+
+    def _generator(self, module: str) -> torch.Generator:
+        index = sorted(self.reference.factors).index(module)
+        return torch.Generator().manual_seed((self.seed << 20) + index)
+
+
+def _check_fits(module: str, factors: Factors, directions: Tensor, reference: Adapter) -> None:
+    """Refuse factors that are not a sub-adapter of the global one."""
+    if module not in reference.factors:
+        raise ValueError(f"module {module!r} is not part of the global adapter")
+    own = reference.factors[module]
+    shape = (factors.b.shape[0], factors.a.shape[1])
+    if shape != (own.b.shape[0], own.a.shape[1]) or factors.rank > own.rank:
+        raise ValueError(
+            f"module {module!r}: product {shape} of rank {factors.rank} does not fit "
+            f"{(own.b.shape[0], own.a.shape[1])} of rank {own.rank}"
+        )
+    if len(directions) != factors.rank or len(set(directions.tolist())) != factors.rank:
+        raise ValueError(
+            f"module {module!r}: rank {factors.rank} comes with directions {directions.tolist()}; "
+            "expected as many, all different"
+        )
+    if factors.rank and not 0 <= int(directions.min()) <= int(directions.max()) < own.rank:
+        raise ValueError(
+            f"module {module!r}: directions {directions.tolist()} are not all below {own.rank}"
+        )
+
+
+class AverageFactors(Merge):
+    """FedIT: Σ w·A and Σ w·B, at one rank for all. Not the mean of the products.
+
+    Directions beyond that rank keep the global factors. What is summed is how far the factors are
+    from the global ones, so that a factor that rests stays the same to the last bit.
+    """
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._sums: dict[str, Factors] = {}
+
+    def _add_factors(self, update: Update) -> None:
+        if not self._sums:
+            self._sums = zeros_like(update.trained)
+        expected = {module: own.rank for module, own in self._sums.items()}
+        if update.trained.ranks != expected:
+            raise ValueError(
+                f"plain averaging needs one rank of all clients, {expected}, got "
+                f"{update.trained.ranks}; choose a method for mixed ranks"
+            )
+        for module, factors in update.trained.factors.items():
+            own, rank = self.reference.factors[module], factors.rank
+            self._sums[module].b.add_(factors.b - own.b[:, :rank], alpha=update.weight)
+            self._sums[module].a.add_(factors.a - own.a[:rank], alpha=update.weight)
+
+    def _finish_module(self, module: str) -> Factors:
+        own = self.reference.factors[module]
+        if module not in self._sums:
+            return own
+        mean = self._averages(module)
+        b = torch.cat([mean.b, own.b[:, mean.rank :]], 1)
+        a = torch.cat([mean.a, own.a[mean.rank :]], 0)
+        return Factors(b, a)
+
+    def _averages(self, module: str) -> Factors:
+        total = self._sums[module]
+        own, rank = self.reference.factors[module], total.rank
+        return Factors(own.b[:, :rank] + total.b / self.total, own.a[:rank] + total.a / self.total)
+
+
+class ZeroPadded(Merge):
+    """HetLoRA: zero-padded factors, weighted per module by ‖B·A‖_F (arXiv:2401.06432)."""
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._sums = zeros_like(reference)
+        self._norms = dict.fromkeys(reference.factors, 0.0)
+
+    def _add_factors(self, update: Update) -> None:
+        for module, factors in update.trained.factors.items():
+            norm = float(product_norm(factors))
+            self._norms[module] += norm
+            scatter(self._sums[module], update.directions(module), factors, norm)
+
+    def _finish_module(self, module: str) -> Factors:
+        if self._norms[module] == 0:
+            return self.reference.factors[module]
+        total = self._sums[module]
+        return Factors(total.b / self._norms[module], total.a / self._norms[module])
+
+
+class PaddedChange(Merge):
+    """Changes of the factors, each at its own directions, averaged over all clients of the round.
+
+    Alternation: one factor moves, and this is exact at mixed ranks without an SVD: with A the same
+    for all, Σ w·(B − B⁰)·A[:r] is the padded mean change of B times A (and the same with the
+    letters exchanged). FSLoRA (arXiv:2501.19389): both factors move, at directions that were
+    drawn; a direction that a client did not draw counts as a change of zero.
+    """
+
+    def __init__(self, reference: Adapter, seed: int) -> None:
+        super().__init__(reference, seed)
+        self._sums = zeros_like(reference)
+
+    def _add_factors(self, update: Update) -> None:
+        for module, factors in update.trained.factors.items():
+            given = update.given.factors[module]
+            change = Factors(factors.b - given.b, factors.a - given.a)
+            scatter(self._sums[module], update.directions(module), change, update.weight)
+
+    def _finish_module(self, module: str) -> Factors:
+        own, total = self.reference.factors[module], self._sums[module]
+        return Factors(own.b + total.b / self.total, own.a + total.a / self.total)
+
+
+def in_threads(act: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """``[act(item) for item in items]``, in as many threads as torch may use.
+
+    Each thread computes with one: many small decompositions gain more from running side by side
+    than from threads inside each of them, and the result does not depend on their number.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) == 1:
+        return [act(item) for item in items]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(act, items))
+
+
+def product_norm(factors: Factors) -> Tensor:
+    """‖B·A‖_F without building the product: √ tr((BᵀB)(AAᵀ))."""
+    b, a = factors.b.double(), factors.a.double()
+    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+
+
+def scatter(total: Factors, directions: Tensor, factors: Factors, weight: float) -> None:
+    """Add weighted factors to a sum at some of its directions, in place."""
+    total.b.index_add_(1, directions, factors.b, alpha=weight)
+    total.a.index_add_(0, directions, factors.a, alpha=weight)
+
+
+def zeros_like(adapter: Adapter) -> dict[str, Factors]:
+    """Factors of zeros in the shapes of an adapter's."""
+    return {
+        module: Factors(torch.zeros_like(own.b), torch.zeros_like(own.a))
+        for module, own in adapter.factors.items()
+    }

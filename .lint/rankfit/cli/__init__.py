@@ -1,0 +1,1 @@
+"""The ``rankfit`` command and the Python entry point behind it."""

@@ -1,0 +1,116 @@
+"""``rankfit evaluate``: the figures of any checkpoint on any split, or client by client."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rankfit.configs.settings import ConfigError
+
+if TYPE_CHECKING:
+    from rankfit.server.saved import SavedRun
+
+Figures = Mapping[str, float]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Round = Annotated[
+    int | None, typer.Option("--round", help="Round of the checkpoint (default: the newest).")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE…]", help="For example task.evaluate=likelihood."),
+]
+
+
+def evaluate(
+    run: Run,
+    overrides: Overrides = None,
+    number: Round = None,
+    split: Annotated[
+        str, typer.Option(help="train, test, or another split or file of the data.")
+    ] = "test",
+    clients: Annotated[
+        bool,
+        typer.Option(
+            "--clients", help="One line for each client: its own test part, its own head if any."
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file too.")
+    ] = None,
+) -> None:
+    """Measure a checkpoint of a run."""
+    from rankfit.server.saved import SavedRun
+
+    changes = list(overrides or [])
+    if split not in ("train", "test"):
+        changes.append(f"data.test={split}")
+    if clients:
+        changes.append("server.evaluate=clients")
+    saved = SavedRun.open(run, number, changes)
+    found = by_client(saved) if clients else {split: _whole(saved, split)}
+    Console().print(_table(found, f"{saved.path.name}, round {saved.round}"))
+    if output is not None:
+        record = {"run": saved.path.name, "round": saved.round, "figures": found}
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def by_client(saved: "SavedRun") -> dict[str, dict[str, float]]:
+    """Figures of each simulated client on its own test part, with its own head if it keeps one.
+
+    Raises
+    ------
+    ConfigError
+        If the clients' data is not here.
+    """
+    from rankfit.client.trainer import evaluate as measure
+    from rankfit.client.workspace import Workspace
+
+    if saved.settings.partition.kind == "local":
+        raise ConfigError("--clients: the data of this run lies with its clients (partition local)")
+    space = Workspace(saved.settings, None)
+    count = saved.settings.simulation.clients
+    found = {}
+    for client in range(count):
+        samples = space.test_samples(client, count)
+        if not len(samples):
+            continue
+        store = space.head_store(client, saved.identity)
+        head = store.load(saved.round + 1) if store else None
+        figures = measure(space, saved.adapter, samples, head)
+        found[f"partition-{client}"] = {**figures, "examples": len(samples)}
+    return found
+
+
+def _whole(saved: "SavedRun", split: str) -> dict[str, float]:
+    if saved.settings.head.mode == "local":
+        raise ConfigError(f"{saved.path}: every client has its own head; measure with --clients")
+    task = saved.task
+    return saved.evaluator().on(saved.adapter, task.train if split == "train" else task.test)
+
+
+def _table(found: Mapping[str, Figures], title: str) -> Table:
+    names = list(next(iter(found.values())))
+    table = Table(title=title, title_justify="left")
+    if len(found) == 1:  # a figure a line: the suites have many
+        table.add_column(next(iter(found)))
+        table.add_column("", justify="right")
+        for name, value in next(iter(found.values())).items():
+            table.add_row(name, _shown(value))
+        return table
+    table.add_column("client")
+    for name in names:
+        table.add_column(name, justify="right")
+    for client, figures in found.items():
+        table.add_row(client, *(_shown(figures[name]) for name in names))
+    means = [sum(one[name] for one in found.values()) / len(found) for name in names]
+    table.add_section()
+    table.add_row("mean", *(_shown(value) for value in means))
+    return table
+
+
+def _shown(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() and value > 1 else f"{value:.4f}"

@@ -1,0 +1,241 @@
+"""Running the app through Flower's own command, on a SuperLink of one's own or a given one.
+
+A simulation gets a SuperLink that lives as long as the run: on free ports, with a home of its own.
+Flower's managed one outlives the command and keeps the environment of whoever started it first, so
+a second project on the machine would run in the wrong virtual environment.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import tomli_w
+
+import rankfit
+from rankfit.cli.processes import end_marked
+from rankfit.configs.settings import RunSettings, to_flat
+
+log = logging.getLogger(__name__)
+
+#: What Flower needs where there is no network; a user's own setting wins.
+OFFLINE = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_START_SECONDS = 60.0
+#: In the environment of everything that a simulation starts.
+_MARK = "RANKFIT_SIMULATION"
+_APP_PARTS = (
+    "adapters", "client", "configs", "estimator", "server", "strategies", "tasks",
+)  # fmt: skip
+
+
+class FlowerError(RuntimeError):
+    """Flower could not be started, or the run failed."""
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Environment of Flower's processes: what is set already wins over the defaults."""
+    # OMP_NUM_THREADS must be set before torch is imported: two processes with two threads each
+    # are five times slower on two cores than with one.
+    return OFFLINE | {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+
+
+def commands_first(env: Mapping[str, str]) -> dict[str, str]:
+    """Environment in which Flower finds the commands of this Python environment.
+
+    Its processes start one another by bare name (the SuperLink ``flower-superexec``), which is not
+    found where the virtual environment is used by path and never activated, as ``make`` does.
+    """
+    beside = str(Path(sys.executable).parent)
+    return dict(env) | {"PATH": os.pathsep.join([beside, env.get("PATH", os.defpath)])}
+
+
+def flower_command(name: str) -> str:
+    """Path of one of Flower's commands, first of this Python environment.
+
+    Raises
+    ------
+    FlowerError
+        If it is not installed.
+    """
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise FlowerError(f"{name} is not installed beside {sys.executable}; pip install flwr")
+    return found
+
+
+@contextmanager
+def app_directory() -> Iterator[Path]:
+    """Folder with the Flower app: the checkout itself, or one laid out from the wheel."""
+    package = Path(rankfit.__file__).resolve().parent
+    if (package.parent / "pyproject.toml").is_file():
+        yield package.parent
+        return
+    with tempfile.TemporaryDirectory(prefix="rankfit-app-") as folder:
+        root = Path(folder)
+        (root / "rankfit").mkdir()
+        for module in package.glob("*.py"):
+            shutil.copy(module, root / "rankfit")
+        shutil.copy(package / "pyproject.toml", root)
+        for part in _APP_PARTS:
+            shutil.copytree(
+                package / part, root / part, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        yield root
+
+
+@contextmanager
+def local_superlink(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Run a SuperLink in simulation mode on free ports of 127.0.0.1 until the block ends.
+
+    Yields
+    ------
+    dict[str, str]
+        The environment in which ``flwr`` finds it as its default connection.
+
+    Raises
+    ------
+    FlowerError
+        If it does not come up; the message ends with its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="rankfit-flwr-") as folder:
+        port, control = free_ports(2)
+        own = commands_first(env) | {"FLWR_HOME": folder, _MARK: folder}
+        connection = {"address": f"127.0.0.1:{port}", "insecure": True}
+        config = {"superlink": {"default": "own", "own": connection}}
+        (Path(folder) / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
+        log_file = Path(folder) / "superlink.log"
+        command = [
+            flower_command("flower-superlink"), "--insecure", "--simulation",
+            "--host", "127.0.0.1", "--port", str(port),
+            "--control-api-address", f"127.0.0.1:{control}",
+        ]  # fmt: skip
+        with log_file.open("wb") as out:
+            process = subprocess.Popen(
+                command, env=own, stdout=out, stderr=out, cwd=folder, start_new_session=True
+            )
+        try:
+            _await_health(process, port, log_file)
+            yield own
+        finally:
+            end_marked(_MARK, folder, grace=10.0)
+            process.wait()
+
+
+def run_app(
+    app: Path, settings: RunSettings, env: Mapping[str, str], superlink: str | None
+) -> None:
+    """Submit a run with ``flwr run``, show its log, and wait for its end.
+
+    Parameters
+    ----------
+    superlink : str or None
+        Name of a SuperLink connection of the user's; None = a simulation.
+
+    Raises
+    ------
+    FlowerError
+        If it could not be submitted, or finished other than ``completed`` (``flwr run --stream``
+        itself exits 0 then).
+    """
+    with tempfile.TemporaryDirectory(prefix="rankfit-run-") as folder:
+        file = Path(folder) / "run.toml"
+        file.write_text(tomli_w.dumps(dict(to_flat(settings))), encoding="utf-8")
+        command = [flower_command("flwr"), "run", str(app)]
+        command += [superlink] if superlink else []
+        command += ["--run-config", str(file), "--stream"]
+        if superlink is None:
+            command += ["--federation-config", federation_config(settings)]
+        run_id = _stream(command, env)
+    status = _status(run_id, env, superlink)
+    if status != "finished:completed":
+        raise FlowerError(
+            f"the Flower run {run_id} ended as {status!r}; the reason is in the log above"
+        )
+
+
+def federation_config(settings: RunSettings) -> str:
+    """Size of a simulation, as ``flwr run --federation-config`` takes it."""
+    size = settings.simulation
+    return (
+        f"num-supernodes={size.clients} client-resources-num-cpus={size.cpus_per_client:g} "
+        f"client-resources-num-gpus={size.gpus_per_client}"
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different TCP ports of 127.0.0.1 that are free now."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def _stream(command: list[str], env: Mapping[str, str]) -> str:
+    """Run a command, show its lines as they come, and find the run's id in them."""
+    run_id = None
+    process = subprocess.Popen(
+        command, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            match = re.search(r"Successfully started run (\d+)", line)
+            run_id = match.group(1) if match else run_id
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if run_id is None:
+        raise FlowerError(f"`flwr run` could not submit the run (exit code {code}); see above")
+    return run_id
+
+
+def _status(run_id: str, env: Mapping[str, str], superlink: str | None) -> str:
+    """Return the final status of a run; it may lag behind the end of the log by a moment."""
+    command = [flower_command("flwr"), "list", *([superlink] if superlink else [])]
+    command += ["--run-id", run_id, "--format", "json"]
+    status = "unknown"
+    for _ in range(20):
+        answer = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False)
+        match = re.search(r"\{.*\}", answer.stdout, re.DOTALL)
+        runs = json.loads(match.group(0)).get("runs", []) if match else []
+        status = str(runs[0]["status"]) if runs else status
+        if status.startswith("finished"):
+            break
+        time.sleep(0.5)
+    return status
+
+
+def _await_health(process: "subprocess.Popen[bytes]", port: int, log_file: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-15:])
+    raise FlowerError(f"the local SuperLink did not start on port {port}:\n{tail}")

@@ -1,0 +1,126 @@
+"""The ``rankfit`` command."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rankfit import __version__
+from rankfit.cli import api, estimate, node
+from rankfit.cli.calibrate import calibrate
+from rankfit.cli.compare import compare
+from rankfit.cli.evaluate import evaluate
+from rankfit.cli.export import export
+from rankfit.cli.flower import FlowerError
+from rankfit.cli.generate import generate
+from rankfit.cli.memory_report import memory_report
+from rankfit.configs.compose import compose, preset_names
+from rankfit.configs.settings import ConfigError, to_flat
+from rankfit.tasks.raw import DataError
+from rankfit.tasks.sources import ModelError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated LoRA fine-tuning across machines whose GPUs differ.",
+)
+app.add_typer(node.app, name="node")
+app.command()(compare)
+app.command()(estimate.probe)
+app.command()(estimate.estimate)
+app.command()(calibrate)
+app.command("memory-report")(memory_report)
+app.command()(evaluate)
+app.command()(export)
+app.command()(generate)
+_errors = Console(stderr=True)
+
+Parts = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PRESET… [KEY=VALUE…]",
+        help="Presets (names, or paths of .toml files) and settings, later ones winning.",
+    ),
+]
+SuperLink = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of a SuperLink connection in Flower's config (default: simulate here)."
+    ),
+]
+
+
+@app.command()
+def run(parts: Parts, superlink: SuperLink = None) -> None:
+    """Run a federated fine-tune through Flower; exits non-zero when the run failed."""
+    path = api.run(*parts, superlink=superlink)
+    _errors.print(f"Run directory: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE…]", help="For example run.rounds=300.")
+    ] = None,
+    superlink: SuperLink = None,
+) -> None:
+    """Continue an interrupted run from its last checkpoint."""
+    path = api.resume(directory, *(overrides or []), superlink=superlink)
+    _errors.print(f"Run directory: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def presets() -> None:
+    """List the presets that come with RankFit."""
+    for name in preset_names():
+        typer.echo(name)
+
+
+@app.command()
+def settings(
+    parts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PRESET… KEY=VALUE…]", show_default=False)
+    ] = None,
+) -> None:
+    """List every setting with its value, as presets and overrides leave it."""
+    composed = to_flat(compose(parts or []))
+    for key, value in composed.items():
+        typer.echo(f"{key} = {value!r}" if isinstance(value, str) else f"{key} = {value}")
+
+
+@app.command()
+def methods() -> None:
+    """List the catalogue of methods."""
+    from rankfit.strategies.catalogue import methods as catalogue
+
+    table = Table("method", "what it does", "can be left out", "source")
+    for name, method in sorted(catalogue().items()):
+        table.add_row(name, method.summary, ", ".join(method.parts), method.source)
+    Console().print(table)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line, without a traceback."""
+    logging.basicConfig(level=os.environ.get("RANKFIT_LOG", "WARNING"))
+    try:
+        app()
+    except (ConfigError, FlowerError, DataError, ModelError) as error:
+        _errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1 if isinstance(error, FlowerError) else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""``rankfit node``: what runs for this machine's SuperNodes between messages."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rankfit.client.place import Place
+
+app = typer.Typer(invoke_without_command=True, help="Workers of this machine's SuperNodes.")
+
+
+@app.callback()
+def node(
+    stop_workers: Annotated[
+        bool, typer.Option("--stop-workers", help="End all of this user's workers.")
+    ] = False,
+) -> None:
+    """List the workers that keep a model for a SuperNode, or end them."""
+    # Imported here: it needs Unix, and the rest of the command does not.
+    from rankfit.client.place import PlaceError, places, stop
+
+    try:
+        found = places()
+    except PlaceError as error:
+        raise typer.BadParameter(str(error)) from error
+    if stop_workers:
+        for place in found:
+            stop(place)
+        typer.echo(f"stopped {len(found)} worker{'' if len(found) == 1 else 's'}")
+        return
+    table = Table("process", "run", "node", "state", "log")
+    for place in found:
+        table.add_row(*_row(place))
+    Console().print(table)
+
+
+def _row(place: "Place") -> tuple[str, ...]:
+    """One line of the table; a worker that is just ending leaves blanks."""
+    process = place.process()
+    pid = str(process.pid) if process else "?"
+    state = "alive" if place.alive() else "dead"
+    try:
+        start = place.read()
+    except (OSError, ValueError):
+        return pid, "", "", state, ""
+    return pid, str(start.order.run_id), str(start.order.node_id), state, str(start.log)

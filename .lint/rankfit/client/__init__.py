@@ -1,0 +1,1 @@
+"""The device: Flower ClientApp, the device report from NVML, and the trainer."""

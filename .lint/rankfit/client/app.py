@@ -1,0 +1,238 @@
+"""The Flower ClientApp: a thin messenger between Flower and what trains.
+
+Flower's deployment starts a process for every message, and importing torch would cost each of them
+seconds: there, a worker does the work and this process imports no torch. A simulation's processes
+live on, and do the work themselves. See docs/warm-client.md.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from rankfit.adapters.held import Arrays, fill_in
+from rankfit.client.accelerate_config import DataParallel
+from rankfit.client.device import Held, device_report
+from rankfit.client.request import Answer, Kind, Request
+from rankfit.configs.settings import RunSettings, from_flat
+from rankfit.estimator.report import DeviceReport
+
+if TYPE_CHECKING:
+    from rankfit.client.place import Order
+
+log = logging.getLogger(__name__)
+
+app = ClientApp()
+
+#: The program that Flower's deployment starts for every message.
+_PER_MESSAGE = "flwr-clientapp"
+#: Record of the node's state: the adapter that it was sent last.
+_HELD = "held"
+
+
+@app.query("capabilities")
+def capabilities(message: Message, context: Context) -> Message:
+    """Answer with the device report; a worker may begin to load what training will need."""
+    order = _order(context)
+    if order is None:
+        report = _report(context, _own())
+    else:
+        from rankfit.client import messenger
+
+        messenger.make_room(order)
+        report = _report(context, messenger.held(order))
+        if order.settings.client.prefetch:
+            partition, partitions = _place(context)
+            request = Request("prefetch", partition=partition, partitions=partitions)
+            messenger.prefetch(order, request, report.uuid)
+    content = RecordDict(
+        {
+            "device": ConfigRecord({**report.to_dict()}),
+            "client": ConfigRecord({"worker": order is not None}),
+        }
+    )
+    if "link" in message.content:  # the server times a payload
+        content["payload"] = _payload(message.content.config_records["link"])
+    return Message(content, reply_to=message)
+
+
+@app.query("finish")
+def finish(message: Message, context: Context) -> Message:
+    """The run is over for this client: its worker ends, if it has one."""
+    order = _order(context)
+    if order is not None:
+        from rankfit.client import messenger
+
+        messenger.finish(order)
+    return Message(RecordDict(), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train at the plan that came with the message, and return what moved."""
+    answer = _perform("train", message, context)
+    content = RecordDict(
+        {
+            "adapter": ArrayRecord({name: Array(array) for name, array in answer.arrays.items()}),
+            "metrics": MetricRecord(dict(answer.metrics)),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure the global adapter on the client's own data."""
+    answer = _perform("evaluate", message, context)
+    content = RecordDict({"metrics": MetricRecord(dict(answer.metrics))})
+    return Message(content, reply_to=message)
+
+
+def _perform(kind: Kind, message: Message, context: Context) -> Answer:
+    """Do what a message asks: in the worker, or here."""
+    order = _order(context)
+    if order is not None:
+        from rankfit.client import messenger
+
+        report = _report(context, messenger.held(order))
+        return messenger.ask(order, _request(kind, message, context, report), report.uuid)
+    report = _report(context)
+    _see_only(report)
+    from rankfit.client.perform import perform
+    from rankfit.client.workspace import workspace
+
+    space = workspace(_settings(context), _data_path(context))
+    return perform(space, _request(kind, message, context, report))
+
+
+def _request(kind: Kind, message: Message, context: Context, report: DeviceReport) -> Request:
+    plan = cast(ConfigRecord, message.content["plan"])
+    arrays = _arrays(message, context)
+    partition, partitions = _place(context)
+    return Request(
+        kind=kind,
+        plan=cast(dict[str, Any], dict(plan)),
+        arrays=arrays,
+        partition=partition,
+        partitions=partitions,
+        cap_bytes=report.budget_bytes if report.source == "declared" else None,
+    )
+
+
+def _arrays(message: Message, context: Context) -> Arrays:
+    """The adapter of a message, completed from what this node was sent before."""
+    sent = _numpy(message.content.array_records["adapter"])
+    places = message.content.config_records.get("held")
+    if places is None:
+        return sent
+    before = context.state.array_records.get(_HELD)
+    where = cast(Mapping[str, list[int]], places)
+    arrays = fill_in(sent, where, _numpy(before) if before is not None else {})
+    context.state[_HELD] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return arrays
+
+
+def _numpy(record: ArrayRecord) -> Arrays:
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def _warm(settings: RunSettings, context: Context) -> bool:
+    """Whether a worker does the work."""
+    # Process 1 of a container of its own has no parent, and a worker would end with it.
+    if settings.client.warm == "off" or sys.platform == "win32" or os.getppid() == 0:
+        return False
+    if Path(os.environ.get("VIRTUAL_ENV", "")).name == str(context.run_id):
+        log.warning("Flower installed the app's packages for this message alone: no worker")
+        return False
+    return settings.client.warm == "on" or Path(sys.argv[0]).stem == _PER_MESSAGE
+
+
+def _order(context: Context) -> "Order | None":
+    """What this device's worker in this run is for; None where there is to be none."""
+    settings = _settings(context)
+    if not _warm(settings, context):
+        return None
+    from rankfit.client.place import Order
+    from rankfit.client.watched import Watched
+
+    return Order(
+        run_id=context.run_id,
+        node_id=context.node_id,
+        supernode=Watched.of(os.getppid()),
+        settings=settings,
+        data_path=_data_path(context),
+        group=_group(context),
+    )
+
+
+def _group(context: Context) -> DataParallel:
+    """What the node's ``accelerate-config`` asks for."""
+    path = context.node_config.get("accelerate-config")
+    if path is None:
+        return DataParallel()
+    settings = _settings(context)
+    group = DataParallel.of_file(Path(str(path)).expanduser(), settings.train.autocast)
+    if group.size > 1 and not _warm(settings, context):
+        raise ValueError(
+            f"accelerate-config {path} asks for {group.size} processes, which only a worker starts "
+            "(docs/warm-client.md); client.warm is 'off', or Flower keeps one from running here"
+        )
+    return group
+
+
+def _settings(context: Context) -> RunSettings:
+    return from_flat(context.run_config)
+
+
+def _report(context: Context, worker: Held | None = None) -> DeviceReport:
+    return device_report(
+        context.node_config,
+        _settings(context),
+        node_id=context.node_id,
+        worker=worker,
+        group=_group(context),
+    )
+
+
+def _payload(asked: ConfigRecord) -> ArrayRecord:
+    """Random bytes, as many as the server asks for, at most 64 MiB."""
+    import numpy as np
+
+    count = min(max(int(cast(int, asked["reply-bytes"])), 0), 64 * 2**20)
+    return ArrayRecord({"payload": Array(np.frombuffer(os.urandom(count), dtype=np.uint8))})
+
+
+def _own() -> Held | None:
+    """What this very process holds of its GPU, where it has trained before: free for it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    from rankfit.estimator.calibration import Calibration
+
+    return Held(os.getpid(), torch.cuda.memory_reserved() + Calibration.cuda().context)
+
+
+def _see_only(report: DeviceReport) -> None:
+    """Let CUDA see just the GPU that was measured, while it has not looked yet."""
+    if report.uuid and "torch" not in sys.modules:
+        os.environ["CUDA_VISIBLE_DEVICES"] = report.uuid
+
+
+def _data_path(context: Context) -> str | None:
+    path = context.node_config.get("data-path")
+    return None if path is None else str(path)
+
+
+def _place(context: Context) -> tuple[int | None, int]:
+    """Position of this node among those that share a data set, and their number."""
+    config = context.node_config
+    if "partition-id" not in config:
+        return None, 1
+    settings = _settings(context)
+    partitions = config.get("num-partitions", settings.simulation.clients)
+    return int(config["partition-id"]), int(partitions)

@@ -1,0 +1,131 @@
+"""Messages between messenger and worker: JSON and safetensors, with limits; nothing is unpickled.
+
+A frame is a fixed prefix (magic, length of the header, length of the body), a JSON object, and
+named arrays in the safetensors format. The header can be read, and the frame refused, before a
+byte of its body is taken.
+"""
+
+import json
+import socket
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+_MAGIC = b"RankFit1"
+_PREFIX = struct.Struct(">8sIQ")
+_CHUNK = 2**20
+#: Bytes of JSON in one frame: a plan names every adapted module.
+MAX_HEADER_BYTES = 4 * 2**20
+
+
+class FrameError(RuntimeError):
+    """Bytes that are no frame, or one that is larger than allowed."""
+
+
+class Closed(FrameError):
+    """The other side closed the connection, or died, before a whole frame had come."""
+
+
+def send_frame(
+    connection: socket.socket,
+    header: Mapping[str, object],
+    arrays: Mapping[str, NDArray[np.generic]] | None = None,
+    *,
+    limit: int,
+) -> None:
+    """Send one frame.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes that the body may have.
+
+    Raises
+    ------
+    FrameError
+        If header or body is larger than allowed; nothing is sent then.
+    OSError
+        If the connection breaks.
+    """
+    text = json.dumps(dict(header)).encode()
+    named = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    body = save(named) if named else b""
+    _check_lengths(len(text), len(body), limit)
+    connection.sendall(_PREFIX.pack(_MAGIC, len(text), len(body)))
+    connection.sendall(text)
+    connection.sendall(body)
+
+
+def receive_header(connection: socket.socket, limit: int) -> tuple[dict[str, Any], int]:
+    """Read a frame up to its body; returns the header and the length of the body in bytes.
+
+    Raises
+    ------
+    Closed
+        If the connection ends before.
+    FrameError
+        If the bytes are no frame, or a length is above its limit.
+    """
+    magic, header_bytes, body_bytes = _PREFIX.unpack(_read(connection, _PREFIX.size))
+    if magic != _MAGIC:
+        raise FrameError("the other side does not speak RankFit's protocol, or another version")
+    _check_lengths(header_bytes, body_bytes, limit)
+    try:
+        header = json.loads(_read(connection, header_bytes))
+    except ValueError as error:
+        raise FrameError(f"the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise FrameError("the header is not a JSON object")
+    return header, body_bytes
+
+
+def receive_body(connection: socket.socket, length: int) -> dict[str, NDArray[np.generic]]:
+    """Read the arrays of a frame whose header has been read.
+
+    Raises
+    ------
+    Closed, FrameError
+        See :func:`receive_header`.
+    """
+    data = _read(connection, length)
+    if not data:
+        return {}
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise FrameError(f"the body is not in the safetensors format: {error}") from error
+
+
+def receive_frame(
+    connection: socket.socket, limit: int
+) -> tuple[dict[str, Any], dict[str, NDArray[np.generic]]]:
+    """Read a whole frame from a side that is trusted."""
+    header, length = receive_header(connection, limit)
+    return header, receive_body(connection, length)
+
+
+def _check_lengths(header: int, body: int, limit: int) -> None:
+    if header > MAX_HEADER_BYTES:
+        raise FrameError(f"a header of {header} bytes is above the limit of {MAX_HEADER_BYTES}")
+    if body > limit:
+        raise FrameError(
+            f"a message of {body} bytes is above the limit of {limit}; raise client.message-mib"
+        )
+
+
+def _read(connection: socket.socket, length: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < length:
+        try:
+            part = connection.recv(min(_CHUNK, length - len(parts)))
+        except ConnectionError as error:
+            raise Closed(f"the connection broke: {error}") from error
+        if not part:
+            raise Closed("the connection was closed")
+        parts += part
+    return bytes(parts)

@@ -1,0 +1,223 @@
+"""The messenger's side of the worker: find or start it, hand over a message, bring back the answer.
+
+Free of torch and of Flower. A worker that died is replaced; a message that it had begun is lost and
+said to be.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import rankfit
+from rankfit.client.device import Held
+from rankfit.client.frames import Closed, FrameError, receive_frame, send_frame
+from rankfit.client.place import Order, Place, locked, new_place, new_start, places, sweep
+from rankfit.client.request import Answer, Request
+from rankfit.client.watched import Watched
+
+log = logging.getLogger(__name__)
+
+#: A worker opens its socket before it imports torch; a busy machine may take this long.
+_START_SECONDS = 120.0
+_TRIES = 3
+_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "from rankfit.client.worker import main; main()"
+)
+
+
+class WorkerError(RuntimeError):
+    """A worker answered with an error, died, or could not be started; names its log."""
+
+
+def ask(order: Order, request: Request, uuid: str = "") -> Answer:
+    """Let the worker of a run on this device do something; start it if there is none.
+
+    Parameters
+    ----------
+    order : Order
+        What the worker is for.
+    request : Request
+        What to do.
+    uuid : str
+        Of the one GPU that the worker may see ("" = whatever this process sees).
+
+    Raises
+    ------
+    WorkerError
+        If the work failed, the worker died while it worked, or none could be started.
+    FrameError
+        If the message, or its answer, is larger than ``client.message-mib``.
+    """
+    for _ in range(_TRIES):
+        place = start(order, uuid)
+        try:
+            return _hand_over(place, order, request)
+        except _NotBegun as error:
+            log.warning("the worker ended before the message was begun (%s); again", error)
+    raise WorkerError(
+        f"{_TRIES} workers ended before they began a {request.kind} message; {_log_of(place)}"
+    )
+
+
+def prefetch(order: Order, request: Request, uuid: str = "") -> None:
+    """Start the worker, unless it is there, to load base and data; does not wait for it."""
+    make_room(order)
+    with locked():
+        if not any(place.alive() for place in places(f"{order.key}-")):
+            _start(order, uuid, replace(request, kind="prefetch"))
+
+
+def make_room(order: Order) -> None:
+    """End the workers of other runs on this device, where ``client.second-run`` is ``wait``."""
+    if order.settings.client.second_run != "wait":
+        return
+    for place in places(f"{order.node_key}-"):
+        if not place.folder.name.startswith(f"{order.key}-"):
+            log.info("waiting for the worker of another run on this device; %s", _log_of(place))
+            _finish(place, order)
+
+
+def held(order: Order) -> Held | None:
+    """What the worker of a run on this device holds of its GPU; None without a worker."""
+    for place in places(f"{order.key}-"):
+        process = place.process()
+        if process is not None and process.alive():
+            return Held(process.pid, place.held())
+    return None
+
+
+def finish(order: Order) -> None:
+    """End the worker of a run on this device after what it is doing; none is no error."""
+    for place in places(f"{order.key}-"):
+        _finish(place, order)
+
+
+class _NotBegun(Exception):
+    """The worker ended before it accepted the message: nothing is lost."""
+
+
+def start(order: Order, uuid: str = "") -> Place:
+    """Find the worker of a run on this device, or start it; it may not listen yet."""
+    make_room(order)  # outside the lock: it may take as long as a training
+    with locked():
+        for place in places(f"{order.key}-"):
+            if place.alive():
+                return place
+            log.warning("the worker of this run is dead; starting another (%s)", _log_of(place))
+            place.remove()
+        return _start(order, uuid, None)
+
+
+def _start(order: Order, uuid: str, prefetch: Request | None) -> Place:
+    """Start a worker in a session of its own; the caller holds the lock."""
+    sweep()
+    start = new_start(order, prefetch)
+    place = new_place(start)
+    root = Path(rankfit.__file__).resolve().parents[1]
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(order.settings.train.threads))
+    if uuid:
+        environment["CUDA_VISIBLE_DEVICES"] = uuid
+    with start.log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _PROGRAM, str(root), str(place.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,
+        )
+    place.write_process(Watched.of(process.pid))
+    log.info("started worker %d; its log is %s", process.pid, start.log)
+    return place
+
+
+def _hand_over(place: Place, order: Order, request: Request) -> Answer:
+    """Send a request and wait for its answer, however long it takes."""
+    with _connected(place) as connection:
+        try:
+            token = place.read().token
+            send_frame(
+                connection,
+                {**request.header(), "token": token},
+                request.arrays,
+                limit=order.limit_bytes,
+            )
+        except FileNotFoundError as error:
+            raise _NotBegun(str(error)) from error
+        except OSError as error:
+            log.debug("the worker takes no more of the message: %s", error)  # it says why
+        try:
+            header, _ = receive_frame(connection, order.limit_bytes)
+        except (Closed, OSError) as error:
+            raise _NotBegun(str(error)) from error
+        _raise_error(header, place)
+        try:
+            header, arrays = receive_frame(connection, order.limit_bytes)
+        except (Closed, OSError) as error:
+            if request.kind == "finish":
+                return Answer()
+            raise _died(request, place) from error
+        _raise_error(header, place)
+        return Answer(arrays, header["metrics"])
+
+
+@contextmanager
+def _connected(place: Place) -> Iterator[socket.socket]:
+    """Connect to a worker that may still be opening its socket."""
+    deadline = time.monotonic() + _START_SECONDS
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        while True:
+            try:
+                connection.connect(str(place.socket))
+                break
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
+                if not place.alive():
+                    raise _NotBegun(f"{error}; {_log_of(place)}") from error
+                if time.monotonic() > deadline:
+                    raise WorkerError(
+                        f"the worker does not listen after {_START_SECONDS:g} s; {_log_of(place)}"
+                    ) from error
+                time.sleep(0.05)
+        yield connection
+
+
+def _finish(place: Place, order: Order) -> None:
+    process = place.process()  # before the answer, with which its folder goes
+    with suppress(_NotBegun, WorkerError):
+        _hand_over(place, order, Request("finish"))
+    deadline = time.monotonic() + 10.0
+    while process is not None and process.alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _raise_error(header: dict[str, object], place: Place) -> None:
+    if "error" in header:
+        raise WorkerError(f"{header['error']}: {header.get('reason', '')} ({_log_of(place)})")
+
+
+def _died(request: Request, place: Place) -> WorkerError:
+    """The error for a message that died with its worker; clears away what the worker left."""
+    where = _log_of(place)
+    with suppress(FrameError, OSError):
+        place.remove()
+    number = request.plan.get("round", "?")
+    return WorkerError(
+        f"the worker died during {request.kind} of round {number} (killed, or out of memory): this "
+        f"update is lost, and the next message starts another worker; {where}"
+    )
+
+
+def _log_of(place: Place) -> str:
+    try:
+        return f"worker's log: {place.read().log}"
+    except (OSError, ValueError, KeyError):
+        return "the worker's log lies in the folder rankfit under FLWR_HOME"

@@ -1,0 +1,72 @@
+"""Does what a client is asked, in this process: the one path of simulation and worker alike."""
+
+from typing import cast
+
+import torch
+
+from rankfit.adapters.state import Adapter
+from rankfit.adapters.wire import decode, encode_update
+from rankfit.client import trainer
+from rankfit.client.request import Answer, Request
+from rankfit.client.workspace import Workspace
+from rankfit.configs.seeds import derive
+from rankfit.estimator.plan import Plan
+
+
+def perform(workspace: Workspace, request: Request) -> Answer:
+    """Load, train or evaluate.
+
+    Raises
+    ------
+    WrongBase
+        If the server plans for another base model.
+    torch.OutOfMemoryError
+        If not even the smallest plan fits.
+    """
+    if request.kind == "prefetch":
+        workspace.load()
+        workspace.samples(request.partition, request.partitions)
+        return Answer()
+    if request.kind == "train":
+        with workspace.group.meeting():
+            workspace.check_base(str(request.plan["fingerprint"]))
+            return _train(workspace, request)
+    if request.kind == "evaluate":
+        workspace.check_base(str(request.plan["fingerprint"]))
+        return _evaluate(workspace, request)
+    raise ValueError(f"nothing is known of a request of kind {request.kind!r}")
+
+
+def _train(workspace: Workspace, request: Request) -> Answer:
+    run = str(request.plan["run"])
+    job = trainer.Job(
+        client=str(request.plan["client"]),
+        round=cast(int, request.plan["round"]),
+        plan=Plan.from_dict(request.plan),
+        adapter=_adapter(request),
+        samples=workspace.samples(request.partition, request.partitions),
+        cap_bytes=request.cap_bytes,
+        own_head=workspace.head_store(request.partition, run),
+        moments=workspace.moment_store(request.partition, run),
+    )
+    trained = trainer.train(workspace, job)
+    settings = workspace.settings
+    rounding = torch.Generator().manual_seed(
+        derive(settings.run.seed, "wire", job.round, job.client)
+    )
+    given = job.adapter.state_dict()
+    arrays = encode_update(trained.state, given, settings.wire.dtype, rounding)
+    return Answer(arrays, trained.metrics)
+
+
+def _evaluate(workspace: Workspace, request: Request) -> Answer:
+    samples = workspace.test_samples(request.partition, request.partitions)
+    store = workspace.head_store(request.partition, str(request.plan["run"]))
+    head = store.load(cast(int, request.plan["round"]) + 1) if store else None
+    precision = str(request.plan["precision"])
+    metrics = trainer.evaluate(workspace, _adapter(request), samples, head, precision)
+    return Answer(metrics={"num-examples": len(samples), **metrics})
+
+
+def _adapter(request: Request) -> Adapter:
+    return Adapter.from_state_dict(decode(request.arrays), cast(float, request.plan["scale"]))

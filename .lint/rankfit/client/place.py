@@ -1,0 +1,288 @@
+"""Where the workers of this user's SuperNodes are found, and what each was started with.
+
+One folder per worker, which only the user can enter, holds its socket, its process id and what it
+was started with, token included. A worker whose folder is gone ends. Its log lies elsewhere,
+because it is read when the worker is no more.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rankfit.client.accelerate_config import DataParallel
+from rankfit.client.request import Request
+from rankfit.client.watched import Watched
+from rankfit.configs.settings import RunSettings, from_flat, to_flat
+
+#: A Unix socket's address has 108 bytes on Linux and 104 elsewhere, the final zero included.
+_LONGEST_ADDRESS = 103
+_LOGS_KEPT = 20
+_REMOVALS = 3
+#: First letter of a folder that is being made: whoever looks does not hold the lock.
+_HIDDEN = "."
+
+
+class PlaceError(RuntimeError):
+    """The folder of sockets cannot be used."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is for.
+
+    Attributes
+    ----------
+    run_id, node_id : int
+        Flower's.
+    supernode : Watched
+        The process that starts one for every message; the worker ends with it.
+    settings : RunSettings
+        The run.
+    data_path : str or None
+        The node's own data folder.
+    group : DataParallel
+        The processes that train together.
+    """
+
+    run_id: int
+    node_id: int
+    supernode: Watched
+    settings: RunSettings
+    data_path: str | None
+    group: DataParallel = field(default_factory=DataParallel)
+
+    @property
+    def node_key(self) -> str:
+        """Name of this SuperNode among all of this user; one that was restarted has another."""
+        text = f"{self.node_id} {self.supernode.pid} {self.supernode.started}"
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def key(self) -> str:
+        """Name of this run on this SuperNode."""
+        return f"{self.node_key}-{self.run_id:x}"
+
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes that one message's arrays may have."""
+        return round(self.settings.client.message_mib * 2**20)
+
+
+@dataclass(frozen=True)
+class Start:
+    """An order, and what messenger and worker share.
+
+    Attributes
+    ----------
+    order : Order
+        What the worker is for.
+    token : str
+        Secret that every message must bring.
+    log : Path
+        The worker's log.
+    prefetch : Request or None
+        What to load before the first message.
+    """
+
+    order: Order
+    token: str
+    log: Path
+    prefetch: Request | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Folder of one worker."""
+
+    folder: Path
+
+    @property
+    def socket(self) -> Path:
+        """Its socket; there a moment before it listens."""
+        return self.folder / "socket"
+
+    def write(self, start: Start) -> None:
+        """Write down what the worker is started with, readable by the user alone."""
+        order = start.order
+        record = {
+            "run-id": order.run_id,
+            "node-id": order.node_id,
+            "supernode": asdict(order.supernode),
+            "settings": to_flat(order.settings),
+            "data-path": order.data_path,
+            "group": asdict(order.group),
+            "token": start.token,
+            "log": str(start.log),
+            "prefetch": start.prefetch.header() if start.prefetch else None,
+        }
+        _write(self.folder / "start.json", json.dumps(record))
+
+    def read(self) -> Start:
+        """Inverse of :meth:`write`."""
+        record = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
+        order = Order(
+            record["run-id"],
+            record["node-id"],
+            Watched(**record["supernode"]),
+            from_flat(record["settings"]),
+            record["data-path"],
+            DataParallel(**record["group"]),
+        )
+        prefetch = Request.from_header(record["prefetch"], {}) if record["prefetch"] else None
+        return Start(order, record["token"], Path(record["log"]), prefetch)
+
+    def write_process(self, process: Watched) -> None:
+        """Write down which process the worker is."""
+        _write(self.folder / "process.json", json.dumps(asdict(process)))
+
+    def process(self) -> Watched | None:
+        """The worker's process; None if it was never written down."""
+        try:
+            return Watched(**json.loads((self.folder / "process.json").read_text("utf-8")))
+        except (OSError, ValueError):
+            return None
+
+    def write_held(self, gpu_bytes: int) -> None:
+        """Write down what the worker holds of the GPU between messages, in bytes."""
+        new = self.folder / "held.new"
+        new.unlink(missing_ok=True)
+        _write(new, str(gpu_bytes))
+        new.replace(self.folder / "held")
+
+    def held(self) -> int:
+        """Bytes of the GPU that the worker holds between messages; 0 if it has not said."""
+        try:
+            return int((self.folder / "held").read_text("utf-8"))
+        except (OSError, ValueError):
+            return 0
+
+    def alive(self) -> bool:
+        """Whether the worker's process runs."""
+        process = self.process()
+        return process is not None and process.alive()
+
+    def remove(self) -> None:
+        """Remove the folder; a worker that still runs ends then."""
+        for _ in range(_REMOVALS):  # the worker may be writing a file into it
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                return
+
+
+def new_place(start: Start) -> Place:
+    """Make the folder of a new worker, with what it is started with; it appears whole.
+
+    Raises
+    ------
+    PlaceError
+        If the socket's path would be longer than a system allows.
+    """
+    hidden = Path(tempfile.mkdtemp(prefix=f"{_HIDDEN}{start.order.key}-", dir=base_folder()))
+    place = Place(hidden.with_name(hidden.name.removeprefix(_HIDDEN)))
+    if len(os.fsencode(place.socket)) > _LONGEST_ADDRESS:
+        hidden.rmdir()
+        raise PlaceError(
+            f"the socket's path {place.socket} is longer than {_LONGEST_ADDRESS} bytes; set "
+            "XDG_RUNTIME_DIR to a shorter folder of the SuperNode's user"
+        )
+    Place(hidden).write(start)
+    hidden.rename(place.folder)
+    return place
+
+
+def new_start(order: Order, prefetch: Request | None) -> Start:
+    """A start with a new token and a new log, under Flower's home; old logs are deleted."""
+    home = os.environ.get("FLWR_HOME") or "~/.flwr"
+    folder = Path(home).expanduser().resolve() / "rankfit"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    logs = sorted(folder.glob("worker-*.log"), key=lambda path: path.stat().st_mtime)
+    for old in logs[: max(len(logs) - _LOGS_KEPT + 1, 0)]:
+        old.unlink(missing_ok=True)
+    unique = secrets.token_hex(3)
+    log = folder / f"worker-run-{order.run_id}-node-{order.node_id}-{unique}.log"
+    _write(log, "")
+    return Start(order, secrets.token_hex(32), log, prefetch)
+
+
+def places(prefix: str = "") -> list[Place]:
+    """Folders of workers, alive or not, whose name begins with ``prefix``."""
+    return [
+        Place(path)
+        for path in sorted(base_folder().iterdir())
+        if path.name.startswith(prefix) and not path.name.startswith(_HIDDEN)
+    ]
+
+
+def sweep() -> None:
+    """Remove what workers left that were killed; the caller holds the lock."""
+    for path in base_folder().iterdir():
+        if not Place(path).alive():
+            Place(path).remove()
+
+
+def stop(place: Place, grace: float = 10.0) -> None:
+    """End a worker: by its own will within ``grace`` seconds, or without; and remove its folder."""
+    with locked():  # who starts it has then said which process it is
+        process = place.process()
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        if process is None or not process.alive():
+            break
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, sign)
+        deadline = time.monotonic() + grace
+        while process.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    place.remove()
+
+
+def base_folder() -> Path:
+    """Folder that holds those of all workers; made on first use.
+
+    It is ``rankfit`` in ``XDG_RUNTIME_DIR``, or ``rankfit-UID`` in the folder of temporary files.
+
+    Raises
+    ------
+    PlaceError
+        If it belongs to another user, or others can enter it.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        base = Path(runtime) / "rankfit"
+    else:
+        base = Path(tempfile.gettempdir()) / f"rankfit-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    found = base.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PlaceError(
+            f"{base} must be a folder of this user that nobody else can enter (mode 0700), since "
+            "workers listen in it; remove it, or set XDG_RUNTIME_DIR"
+        )
+    return base
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Keep others from starting workers while the block lasts."""
+    handle = os.open(base_folder(), os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, text: str) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)

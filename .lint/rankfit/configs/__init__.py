@@ -1,0 +1,1 @@
+"""Presets, and the typed settings that parse and check them."""

@@ -1,0 +1,374 @@
+"""What fits: from a device report to a plan, or to the reason why there is none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Self
+
+from transformers import PreTrainedConfig
+
+from rankfit.adapters.names import Moves
+from rankfit.configs.learning import TORCH_ADAMW
+from rankfit.configs.settings import ConfigError, RunSettings
+from rankfit.estimator.calibration import Calibration
+from rankfit.estimator.memory import Footprint, tail_ranks
+from rankfit.estimator.network import Payload
+from rankfit.estimator.plan import Plan
+from rankfit.estimator.profile import Profile
+from rankfit.estimator.report import DeviceReport
+from rankfit.estimator.search import Step, steps
+from rankfit.estimator.spec import InputSpec, StepSpec, canonical, inputs_of
+from rankfit.estimator.trace import Ranks
+from rankfit.estimator.tracer import TraceCache
+from rankfit.estimator.verdict import (
+    Bounds,
+    Estimate,
+    NothingFits,
+    too_large,
+    too_late,
+    too_slow,
+)
+from rankfit.estimator.work import Pace, Work, even_rank, work_of
+from rankfit.tasks import models
+from rankfit.tasks.kronecker import wrap
+
+__all__ = ["MIB", "Estimate", "Estimator", "NothingFits", "inputs_of"]
+
+MIB = 2**20
+
+
+class Estimator:
+    """Plans for the devices of one run. Traces are made once; a further client costs milliseconds.
+
+    Parameters
+    ----------
+    spec : StepSpec
+        The step as configured; the search changes its batch and checkpointing, a report its
+        accelerator, the phase what moves.
+    payload : Payload
+        What travels.
+    settings : RunSettings
+        ``lora.rank`` is the cap; ``train``, ``plan`` and ``method.tail`` say what is allowed.
+    phases : sequence of {"both", "a", "b"}
+        What moves in the rounds of the method; a plan holds in each of them.
+    can_checkpoint : bool
+        Whether the model offers gradient checkpointing.
+    traces : TraceCache, optional
+        Shared with other estimators.
+
+    Raises
+    ------
+    ConfigError
+        If ``plan.min-rank`` is above ``lora.rank``, or the profile of terms cannot be used.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        payload: Payload,
+        settings: RunSettings,
+        *,
+        phases: Sequence[Moves] = ("both",),
+        can_checkpoint: bool = True,
+        traces: TraceCache | None = None,
+    ) -> None:
+        if not phases:
+            raise ValueError("phases are empty; expected at least one of both, a, b")
+        if settings.plan.min_rank > settings.lora.rank:
+            raise ConfigError(
+                f"plan.min-rank {settings.plan.min_rank} is above lora.rank {settings.lora.rank}; "
+                "set it to at most lora.rank"
+            )
+        self.spec = spec
+        self.payload = payload
+        self.settings = settings
+        self.phases = tuple(phases)
+        self.profile = Profile.load(settings.plan.calibration)
+        self.steps = steps(settings, can_checkpoint=can_checkpoint)
+        self._can_checkpoint = can_checkpoint
+        self._group_steps = {1: self.steps}
+        self.traces = TraceCache() if traces is None else traces
+        self._footprints: dict[tuple[StepSpec, Calibration], Footprint] = {}
+        self._works: dict[bool, Work] = {}
+        #: The same where every module has an adapter, without the cost of a spec for each device.
+        self._whole: dict[tuple[str, Step, bool, Calibration], Footprint] = {}
+
+    def steps_on(self, report: DeviceReport) -> list[Step]:
+        """Steps of the search on a device, in their order; ``steps`` are those of one process."""
+        size = report.group_size
+        if size not in self._group_steps:
+            self._group_steps[size] = steps(
+                self.settings, can_checkpoint=self._can_checkpoint, group_size=size
+            )
+        return self._group_steps[size]
+
+    @classmethod
+    def for_run(
+        cls,
+        settings: RunSettings,
+        config: PreTrainedConfig,
+        inputs: Sequence[InputSpec],
+        *,
+        phases: Sequence[Moves] = ("both",),
+        traces: TraceCache | None = None,
+        kind: models.Kind | None = None,
+    ) -> Self:
+        """Build the estimator of a run; no weights are read.
+
+        Parameters
+        ----------
+        config : PreTrainedConfig
+            Of the base model, with the run's number of classes.
+        inputs : sequence of InputSpec
+            Batch of the task for one sample, labels included (see :func:`inputs_of`).
+        kind : str, optional
+            Kind of model, where there is no task for it yet (default: the run's task).
+
+        Raises
+        ------
+        ModelError
+            If the model cannot be built or the targets match nothing.
+        """
+        kind = kind or settings.task.kind
+        base = models.build_empty(
+            config,
+            kind,
+            attention=settings.model.attention,
+            precision=settings.model.precision,
+        )
+        targets = models.target_modules(base, settings.lora.targets)
+        if settings.lora.form == "kronecker":
+            wrap(base, targets)
+            targets = models.target_modules(base, settings.lora.targets)
+        heads = models.whole_modules(base, settings.head)
+        adam = settings.train.optimizer in TORCH_ADAMW
+        spec = StepSpec(
+            config=canonical(config.to_dict()),
+            kind=kind,
+            accelerator="cpu",
+            targets=targets,
+            heads=heads,
+            inputs=tuple(inputs),
+            micro_batch=settings.train.batch_size,
+            attention=settings.model.attention,
+            precision=settings.model.precision,
+            quantization=settings.model.quantization,
+            optimizer=settings.train.optimizer,
+            momentum=settings.train.momentum if settings.train.optimizer == "sgd" else 0.0,
+            autocast=settings.train.autocast,
+            checkpointing=settings.train.gradient_checkpointing,
+            dropout=settings.lora.dropout,
+            clips=settings.train.max_grad_norm > 0,
+            whole_head=adam and settings.train.head_moment == "tensor",
+        )
+        return cls(
+            spec,
+            Payload.of(
+                base, targets, models.shared_heads(base, settings.head), settings.wire.dtype
+            ),
+            settings,
+            phases=phases,
+            can_checkpoint=bool(base.supports_gradient_checkpointing),
+            traces=traces,
+        )
+
+    def fit(
+        self,
+        report: DeviceReport,
+        *,
+        calibration: Calibration | None = None,
+        extra_bytes: int = 0,
+        pace: Pace | None = None,
+    ) -> Estimate | NothingFits:
+        """Plan for one device: the first step at which ``plan.min-rank`` fits, at its largest rank.
+
+        Parameters
+        ----------
+        calibration : Calibration, optional
+            In place of the terms that follow from the report.
+        extra_bytes : int
+            Kept free beside ``plan.margin-mib``: what this client was measured to take above its
+            estimate.
+        pace : Pace, optional
+            What this client's rounds were measured to take; ``plan.deadline-seconds`` needs it.
+        """
+        settings = self.settings
+        if extra_bytes < 0:
+            raise ValueError(f"extra_bytes is {extra_bytes}; expected bytes of 0 or more")
+        terms = self.profile.calibration(report) if calibration is None else calibration
+        budget = self._budget(report) - extra_bytes
+        upload = self.payload.upload_bound(
+            settings.plan.upload_seconds, report.upload_mbps, self.phases
+        )
+        download = self.payload.download_bound(settings.plan.download_seconds, report.download_mbps)
+        cap, least = settings.lora.rank, settings.plan.min_rank
+        limit = min(value for value in (upload, download, cap) if value is not None)
+        if limit < least:
+            return too_slow(report, settings, self.payload, self.phases, upload)
+        tail = settings.method.tail and (download is None or download >= cap)
+        late: Step | None = None
+        ways = self.steps_on(report)
+        for position, step in enumerate(ways):
+            time = self.time_bound(step, pace)
+            if time is not None and time < least:
+                late = late or step
+                continue
+            most = limit if time is None else min(limit, time)
+            rank, total = self._largest(report, terms, step, most, budget, tail)
+            if rank < least:
+                continue
+            bounds = Bounds(rank, upload, download, cap, time)
+            ranks = dict.fromkeys(self.spec.targets, rank)
+            plan = self._plan(report, terms, step, ranks, total, budget)
+            footprint = self.footprint(report, step, None, total > 0, terms)
+            allocator = max(1, budget - terms.outside)
+            split = footprint.breakdown(rank, max(0, total - rank), cap_bytes=allocator)
+            plan = replace(plan, binding=bounds.binding(most))
+            return Estimate(report.client, plan, bounds, split, tuple(ways[:position]))
+        if late is not None and pace is not None:
+            return too_late(report, settings, self.work(late), pace)
+        needs = self.needs(report, calibration=terms)
+        return too_large(report, least, needs, report.budget_bytes - budget)
+
+    def work(self, step: Step) -> Work:
+        """FLOPs of a step for one sample, the most over the phases."""
+        if step.checkpointing not in self._works:
+            spec = replace(self.spec, checkpointing=step.checkpointing)
+            phases = [replace(spec, moves=moves) for moves in self.phases]
+            self._works[step.checkpointing] = Work.most(work_of(phase) for phase in phases)
+        return self._works[step.checkpointing]
+
+    def time_bound(self, step: Step, pace: Pace | None) -> int | None:
+        """Largest rank that is trained within ``plan.deadline-seconds``; None = no bound."""
+        deadline = self.settings.plan.deadline_seconds
+        if pace is None or deadline == 0:
+            return None
+        return pace.bound(self.work(step), deadline)
+
+    def flops(self, plan: Plan) -> float:
+        """FLOPs of a plan for one sample."""
+        step = Step.of(plan)
+        return self.work(step).flops(even_rank(plan.ranks, self.payload.shapes))
+
+    def needs(
+        self, report: DeviceReport, *, calibration: Calibration | None = None
+    ) -> dict[Step, int]:
+        """Least bytes in which the least rank trains on a device, in each step of the search."""
+        least = self.settings.plan.min_rank
+        return {
+            step: self.footprint(report, step, calibration=calibration).needed(least)
+            for step in self.steps_on(report)
+        }
+
+    def lower(self, report: DeviceReport, plan: Plan, ranks: int | Mapping[str, int]) -> Plan:
+        """Give a device other ranks than its largest, at the step of its plan.
+
+        The method's choice (``binding`` becomes ``method``); 0 leaves a module without adapter.
+
+        Raises
+        ------
+        ValueError
+            If no rank is above 0, one is negative, or a module is not adapted in this run.
+        """
+        named = dict.fromkeys(self.spec.targets, ranks) if isinstance(ranks, int) else dict(ranks)
+        _check_ranks(named, self.spec.targets)
+        step = Step.of(plan)
+        adapted = {module: rank for module, rank in named.items() if rank > 0}
+        total = self.settings.lora.rank if plan.tail_rank else 0
+        lowered = self._plan(
+            report, self.profile.calibration(report), step, adapted, total, self._budget(report)
+        )
+        return replace(lowered, binding="method")
+
+    def footprint(
+        self,
+        report: DeviceReport,
+        step: Step,
+        ranks: Mapping[str, int] | None = None,
+        tail: bool = False,
+        calibration: Calibration | None = None,
+    ) -> Footprint:
+        """Memory model of a step on a device; modules without a rank are left without adapter."""
+        terms = self.profile.calibration(report) if calibration is None else calibration
+        whole = (report.accelerator, step, tail, terms)
+        if ranks is None and whole in self._whole:
+            return self._whole[whole]
+        model = self.settings.model.at(step.precision)
+        targets = tuple(t for t in self.spec.targets if ranks is None or ranks.get(t, 0) > 0)
+        base = replace(
+            self.spec,
+            accelerator=report.accelerator,
+            targets=targets,
+            micro_batch=step.micro_batch,
+            accumulates=step.accumulation > 1,
+            checkpointing=step.checkpointing,
+            precision=model.precision,
+            quantization=model.quantization,
+            tail=tail,
+        )
+        key = (base, terms)
+        if key not in self._footprints:
+            traces = tuple(self.traces(replace(base, moves=moves)) for moves in self.phases)
+            self._footprints[key] = Footprint(traces, terms)
+        if ranks is None:
+            self._whole[whole] = self._footprints[key]
+            cap = self.settings.lora.rank
+            self._footprints[key].prepare(cap - 1 if tail else cap, cap if tail else 0)
+        return self._footprints[key]
+
+    def _budget(self, report: DeviceReport) -> int:
+        return report.budget_bytes - int(self.settings.plan.margin_mib * MIB)
+
+    def _largest(
+        self,
+        report: DeviceReport,
+        terms: Calibration,
+        step: Step,
+        limit: int,
+        budget: int,
+        tail: bool,
+    ) -> tuple[int, int]:
+        """Largest rank of a step, and the total rank with a tail (0 = without)."""
+        cap, least = self.settings.lora.rank, self.settings.plan.min_rank
+        alone = self.footprint(report, step, calibration=terms).largest(limit, budget)
+        if not tail or alone in (0, cap):
+            return alone, 0
+        beside = self.footprint(report, step, tail=True, calibration=terms).largest(
+            min(limit, cap - 1), budget, total_rank=cap
+        )
+        return (beside, cap) if beside >= least else (alone, 0)
+
+    def _plan(
+        self,
+        report: DeviceReport,
+        terms: Calibration,
+        step: Step,
+        ranks: Mapping[str, int],
+        total: int,
+        budget: int,
+    ) -> Plan:
+        tails: Ranks = tail_ranks(ranks, total) if total else 0
+        tail = not isinstance(tails, int) and any(tails.values())
+        even = len(ranks) == len(self.spec.targets) and len(set(ranks.values())) == 1
+        footprint = self.footprint(report, step, None if even else ranks, tail, terms)
+        return Plan(
+            ranks=dict(ranks),
+            moves=self.phases[0],
+            micro_batch=step.micro_batch,
+            accumulation=step.accumulation,
+            checkpointing=step.checkpointing,
+            peak_bytes=footprint.expected(ranks, tails, budget),
+            budget_bytes=report.budget_bytes,
+            binding="cap",
+            tail_rank=total if tail else 0,
+            precision=step.precision,
+        )
+
+
+def _check_ranks(ranks: Mapping[str, int], targets: Sequence[str]) -> None:
+    for module, rank in ranks.items():
+        if module not in targets:
+            raise ValueError(f"{module!r} takes no adapter in this run; see lora.targets")
+        if rank < 0:
+            raise ValueError(f"rank of {module!r} is {rank}; expected 0 or more")
+    if not any(ranks.values()):
+        raise ValueError("no rank is above 0; leave the client out of the round instead")

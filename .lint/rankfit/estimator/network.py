@@ -1,0 +1,106 @@
+"""What the link allows: the largest rank whose factors travel in the time given."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import nn
+
+from rankfit.adapters.names import Moves
+from rankfit.adapters.wire import HEAD_BYTES, SCALE_BYTES, WIRE_BYTES
+from rankfit.tasks.targets import weight_shape
+
+
+def link_bytes(seconds: float, mbps: float) -> float:
+    """Bytes that a link of ``mbps`` (10⁶ bits per second) carries in ``seconds``."""
+    return seconds * mbps * 1e6 / 8
+
+
+def rank_bound(
+    seconds: float, mbps: float, bytes_per_rank: int, *, fixed_bytes: int = 0
+) -> int | None:
+    """Largest rank that travels in time: ⌊(seconds · Mbps · 10⁶/8 − fixed) / bytes per rank⌋.
+
+    HRALoRA (CCGrid 2026), with a fixed cost beside the factors. None = no bound, where the time
+    (0 = unlimited) or the link (0 = not known) sets none. 0 = not even the fixed part.
+
+    Raises
+    ------
+    ValueError
+        For negative figures, or bytes per rank that are not above 0.
+    """
+    if seconds < 0 or mbps < 0 or fixed_bytes < 0:
+        raise ValueError(
+            f"got {seconds} s, {mbps} Mbps and {fixed_bytes} fixed bytes; expected 0 or more"
+        )
+    if bytes_per_rank <= 0:
+        raise ValueError(f"bytes per unit of rank are {bytes_per_rank}; expected more than 0")
+    if seconds == 0 or mbps == 0:
+        return None
+    return max(0, math.floor((link_bytes(seconds, mbps) - fixed_bytes) / bytes_per_rank))
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What travels: the factors' sizes per unit of rank, and the head.
+
+    Attributes
+    ----------
+    shapes : Mapping[str, tuple[int, int]]
+        (outputs d, inputs k) of each adapted module: A is (rank, k), B is (d, rank).
+    head_values : int
+        Numbers in the heads that are trained; 0 = head frozen.
+    wire_dtype : str
+        Number type on the wire.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    head_values: int = 0
+    wire_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.wire_dtype not in WIRE_BYTES:
+            raise ValueError(
+                f"unknown wire type {self.wire_dtype!r}; set wire.dtype to one of "
+                f"{', '.join(WIRE_BYTES)}"
+            )
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, targets: Sequence[str], heads: Sequence[str], wire_dtype: str
+    ) -> Self:
+        """Read the shapes off a base model, with or without weights."""
+        shapes = {name: weight_shape(model.get_submodule(name)) for name in targets}
+        values = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+        return cls(shapes, values, wire_dtype)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the trained head, whatever the rank."""
+        return self.head_values * HEAD_BYTES[self.wire_dtype]
+
+    def bytes_per_rank(self, moves: Moves = "both") -> int:
+        """Bytes of the factors that move, for one unit of rank in every module."""
+        return sum(self.direction_bytes(module, moves) for module in self.shapes)
+
+    def direction_bytes(self, module: str, moves: Moves = "both") -> int:
+        """Bytes of one unit of rank of a module, in the factors that move."""
+        d, k = self.shapes[module]
+        lengths = {"both": (d, k), "b": (d,), "a": (k,)}[moves]
+        number, scale = WIRE_BYTES[self.wire_dtype], SCALE_BYTES[self.wire_dtype]
+        return sum(length * number + scale for length in lengths)
+
+    def upload_bound(
+        self, seconds: float, mbps: float, phases: Sequence[Moves] = ("both",)
+    ) -> int | None:
+        """Largest uniform rank that comes back in time in every phase; None = no bound."""
+        per_rank = max(self.bytes_per_rank(moves) for moves in phases)
+        return rank_bound(seconds, mbps, per_rank, fixed_bytes=self.head_bytes)
+
+    def download_bound(self, seconds: float, mbps: float) -> int | None:
+        """Largest uniform rank that goes out in time, both factors whatever moves.
+
+        With a tail the client gets the whole global rank: this bound must then reach that rank.
+        """
+        return rank_bound(seconds, mbps, self.bytes_per_rank(), fixed_bytes=self.head_bytes)

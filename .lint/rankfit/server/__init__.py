@@ -1,0 +1,1 @@
+"""The coordinator: Flower ServerApp, run loop, checkpoints, evaluation and reports."""

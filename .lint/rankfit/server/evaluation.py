@@ -1,0 +1,59 @@
+"""Evaluation of the global adapter on the server's test split."""
+
+from collections.abc import Sequence
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from rankfit.adapters.state import Adapter
+from rankfit.configs.settings import RunSettings
+from rankfit.tasks.adapted import load_adapter, training_device
+from rankfit.tasks.models import eject, inject
+from rankfit.tasks.task import Split, Task
+
+
+class Evaluator:
+    """Holds the base with an adapter of the global rank, and measures any global adapter on it.
+
+    Parameters
+    ----------
+    settings : RunSettings
+        The run.
+    task : Task
+        Its test split is evaluated on.
+    base : PreTrainedModel
+        Taken over: the adapter is put into it.
+    heads : Sequence[str]
+        Modules that are trained whole.
+    """
+
+    def __init__(
+        self, settings: RunSettings, task: Task, base: PreTrainedModel, heads: Sequence[str]
+    ) -> None:
+        self._task, self._base, self._heads = task, base, heads
+        self._batch_size = settings.server.evaluate_batch_size
+        self.device = training_device()
+        self._model: PeftModel | None = None
+        self._ranks: dict[str, int] = {}
+
+    def __call__(self, adapter: Adapter) -> dict[str, float]:
+        """Metrics of a global adapter, of whatever ranks, on the whole test split."""
+        return self.on(adapter, self._task.test)
+
+    def on(self, adapter: Adapter, split: Split) -> dict[str, float]:
+        """Metrics of a global adapter on a whole split."""
+        model = self.hold(adapter)
+        rows = range(len(split))
+        return self._task.evaluate(model, split, rows, self.device, self._batch_size)
+
+    def hold(self, adapter: Adapter) -> PeftModel:
+        """The base with an adapter in it; made anew only when the ranks differ from the last."""
+        if self._model is None or self._ranks != adapter.ranks:
+            if self._model is not None:
+                eject(self._model)
+            model = inject(
+                self._base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=self._heads
+            )
+            self._model, self._ranks = model.to(self.device), adapter.ranks
+        load_adapter(self._model, adapter)
+        return self._model

@@ -1,0 +1,263 @@
+"""The run directory: settings, plans, rounds, events and checkpoints, and how a run resumes.
+
+``<directory>/<name>/`` holds ``config.toml``, ``plans.jsonl``, ``rounds.jsonl``, ``events/``,
+``checkpoints/round-NNNNN/`` and ``checkpoint``, a link to the newest. A checkpoint is written under
+another name, flushed, renamed, and only then linked, so that a crash at any moment leaves the last
+complete one; lines of rounds after it are dropped when the run resumes.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankfit.adapters.state import Adapter
+from rankfit.configs.settings import ConfigError, RunSettings, to_flat
+
+log = logging.getLogger(__name__)
+
+#: Complete checkpoints kept: the newest, and one to go back to.
+KEPT = 2
+#: PEFT's file names.
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+STATE = "run_state.json"
+#: Tensors of the strategy's state, and the adapter where another one is exported.
+TENSORS = "run_state.safetensors"
+_OWN = "adapter/"
+
+_TASK_TYPES = {
+    "text-classification": "SEQ_CLS",
+    "image-classification": None,
+    "causal-lm": "CAUSAL_LM",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a round: all that is needed to go on.
+
+    Attributes
+    ----------
+    round : int
+        Rounds that are done.
+    adapter : Adapter
+        Global adapter that training goes on from.
+    strategy, tensors : Mapping
+        State of the strategy: what JSON holds, and tensors by name.
+    exported : Adapter or None
+        What is saved for use in the adapter's place (a moving average, or with what was folded
+        into the base); None = the adapter itself.
+    """
+
+    round: int
+    adapter: Adapter
+    strategy: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    exported: Adapter | None = None
+
+
+class RunDirectory:
+    """Files of one run.
+
+    Parameters
+    ----------
+    settings : RunSettings
+        The run; ``run.directory/run.name`` is its folder.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds a run already and ``run.resume`` is off, or holds none and it is on, or
+        a resumed run's settings differ in what decides its figures.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self.path = Path(settings.run.directory).expanduser().resolve() / settings.run.name
+        config = self.path / "config.toml"
+        if config.exists() and not settings.run.resume:
+            raise ConfigError(
+                f"{self.path} holds a run already: give another run.name, or run.resume=true to "
+                "continue it"
+            )
+        if settings.run.resume:
+            self._check_same(config)
+
+    def create(self) -> None:
+        """Make the folder, with the settings in it. Called when the run is sure to start."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_atomically(self.path / "config.toml", tomli_w.dumps(nest(to_flat(self.settings))))
+
+    def append_plans(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to ``plans.jsonl``."""
+        _append(self.path / "plans.jsonl", lines)
+
+    def append_round(self, line: Mapping[str, Any]) -> None:
+        """Add a line to ``rounds.jsonl``."""
+        _append(self.path / "rounds.jsonl", [line])
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """All lines of ``rounds.jsonl``."""
+        return _read(self.path / "rounds.jsonl")
+
+    def save(self, checkpoint: Checkpoint, heads: Iterable[str]) -> Path:
+        """Write a checkpoint in PEFT's format and make it the newest.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            Adapter at the global rank, and the strategy's state.
+        heads : Iterable[str]
+            Modules that are trained whole (PEFT's ``modules_to_save``).
+        """
+        folder = self.path / "checkpoints"
+        final = folder / f"round-{checkpoint.round:05d}"
+        partial = folder / f".{final.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_adapter(partial, checkpoint.exported or checkpoint.adapter, self.settings, heads)
+        tensors = dict(checkpoint.tensors)
+        if checkpoint.exported is not None:
+            tensors |= {_OWN + n: t for n, t in checkpoint.adapter.state_dict().items()}
+        if tensors:
+            save_file({n: t.contiguous().clone() for n, t in tensors.items()}, partial / TENSORS)
+        state = {"round": checkpoint.round, "scale": checkpoint.adapter.scale}
+        (partial / STATE).write_text(
+            json.dumps(state | {"strategy": checkpoint.strategy}, indent=1), encoding="utf-8"
+        )
+        for file in partial.iterdir():
+            _flush(file)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        self._link(final)
+        for old in sorted(folder.glob("round-*"))[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def load(self) -> Checkpoint | None:
+        """Read the newest checkpoint, None if there is none, and drop later rounds' lines."""
+        link = self.path / "checkpoint"
+        if not link.exists():
+            self._truncate(-1)
+            return None
+        state = json.loads((link / STATE).read_text(encoding="utf-8"))
+        tensors = load_file(link / TENSORS) if (link / TENSORS).exists() else {}
+        own = {n.removeprefix(_OWN): t for n, t in tensors.items() if n.startswith(_OWN)}
+        adapter = Adapter.from_state_dict(own or load_file(link / WEIGHTS), state["scale"])
+        self._truncate(state["round"])
+        kept = {n: t for n, t in tensors.items() if not n.startswith(_OWN)}
+        return Checkpoint(state["round"], adapter, state["strategy"], kept)
+
+    def _link(self, target: Path) -> None:
+        """Point ``checkpoint`` at a folder in one step."""
+        fresh = self.path / ".checkpoint.new"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(target.relative_to(self.path), target_is_directory=True)
+        os.replace(fresh, self.path / "checkpoint")
+        _flush(self.path)
+
+    def _truncate(self, last_round: int) -> None:
+        for name in ("rounds.jsonl", "plans.jsonl"):
+            file = self.path / name
+            if file.exists():
+                kept = [line for line in _read(file) if line["round"] <= last_round]
+                _write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _check_same(self, config: Path) -> None:
+        if not config.exists():
+            raise ConfigError(f"run.resume is on, but {config.parent} holds no run")
+        import tomllib
+
+        # A setting that a newer release has added was at its default.
+        saved = flatten(tomllib.loads(config.read_text(encoding="utf-8")))
+        before = to_flat(RunSettings()) | saved
+        free = {"run.resume", "run.rounds", "run.directory", "server.evaluate-batch-size"}
+        for key, value in to_flat(self.settings).items():
+            if key not in free and before[key] != value:
+                raise ConfigError(
+                    f"cannot resume {config.parent}: {key} was {before[key]!r}, is {value!r}; "
+                    "set it back, or start a new run"
+                )
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, settings: RunSettings, heads: Iterable[str]
+) -> None:
+    """Write an adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it."""
+    state = {name: tensor.contiguous() for name, tensor in adapter.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    rank = max(adapter.ranks.values())
+    # PEFT reads a pattern as a regular expression that may match the end of a name.
+    patterns = {f"^{re.escape(m)}": own for m, own in adapter.ranks.items() if own != rank}
+    LoraConfig(
+        r=rank,
+        lora_alpha=adapter.scale * rank,
+        rank_pattern=patterns,
+        alpha_pattern={pattern: adapter.scale * own for pattern, own in patterns.items()},
+        target_modules=sorted(adapter.factors),
+        lora_dropout=settings.lora.dropout,
+        modules_to_save=sorted(heads) or None,
+        task_type=_TASK_TYPES[settings.task.kind],
+        base_model_name_or_path=settings.model.source,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into tables, for TOML."""
+    tables: dict[str, Any] = {}
+    for key, value in flat.items():
+        table, _, name = key.partition(".")
+        tables.setdefault(table, {})[name] = value
+    return tables
+
+
+def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of :func:`nest`."""
+    return {f"{t}.{k}": value for t, keys in tables.items() for k, value in keys.items()}
+
+
+def _append(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as out:
+        for line in lines:
+            out.write(json.dumps(line) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """Lines of a JSON-lines file; a last line cut off by a crash is left out."""
+    if not file.exists():
+        return []
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            log.warning("%s: an incomplete line is left out", file)
+    return lines
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    fresh = file.with_name(f".{file.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    _flush(fresh)
+    os.replace(fresh, file)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The Flower Strategy for adapters of different ranks, and the catalogue of methods."""

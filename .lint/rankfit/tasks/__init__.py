@@ -1,0 +1,1 @@
+"""What is learnt: model, data, partition and metrics behind one interface."""

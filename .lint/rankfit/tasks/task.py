@@ -1,0 +1,154 @@
+"""What every task offers: the classes, the sets, batches, and how a result is scored."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rankfit.configs.settings import RunSettings, split_list
+from rankfit.tasks.adapted import chunks, free_cache, predict
+from rankfit.tasks.data import Dataset, Examples, known_labels, read_data
+from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
+
+log = logging.getLogger(__name__)
+
+#: Indices of examples: a list, an array or a tensor on the CPU.
+Indices = Sequence[int] | NDArray[np.int64] | Tensor
+
+
+__all__ = ["Indices", "Split", "Task", "TensorSpec", "classification_metrics"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and type of one tensor of a batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Split(ABC):
+    """One set of examples, encoded when a batch is asked for."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of every example, shape (n,)."""
+        return self.examples.labels
+
+    def collate(self, indices: Indices) -> dict[str, Tensor]:
+        """Build the batch of some examples: what the model takes, and ``labels`` of shape (b,).
+
+        Tensors lie on the CPU; inputs are float32 or int64 whatever the model's precision.
+        """
+        rows = [int(index) for index in indices]
+        batch = self._encode(rows)
+        targets = self.examples.targets
+        labels = self.examples.labels if targets is None else targets
+        batch["labels"] = torch.from_numpy(labels[rows])  # (b,)
+        return batch
+
+    def alike(self, rows: Sequence[int]) -> Sequence[int]:
+        """The same examples in an order in which neighbours are of like size."""
+        return rows
+
+    @abstractmethod
+    def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Encode the inputs of some examples."""
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What is learnt, from which data; nothing is read before it is asked for.
+
+    ``data_path`` is a node's own file or folder, in place of ``data.source``.
+    """
+
+    settings: RunSettings
+    data_path: str | None = None
+
+    @cached_property
+    def _data(self) -> Dataset:
+        return read_data(self.settings, data_path=self.data_path)
+
+    @cached_property
+    def labels(self) -> int:
+        """Number of the model's outputs; read from the data only where the settings do not say."""
+        return known_labels(self.settings) or len(self._data.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their ids."""
+        return self._data.class_names
+
+    @cached_property
+    def train(self) -> Split:
+        """The training set."""
+        return self._split(self._data.train)
+
+    @cached_property
+    def test(self) -> Split:
+        """The test set; empty for a node's own files that hold none, unless clients evaluate."""
+        return self._split(self._data.test)
+
+    def example_batch(self, batch_size: int) -> dict[str, TensorSpec]:
+        """Describe the largest batch there can be, for an estimate of its memory."""
+        regression = self.settings.task.problem == "regression"
+        labels = TensorSpec((batch_size,), torch.float32 if regression else torch.int64)
+        return {**self._example_inputs(batch_size), "labels": labels}
+
+    def evaluate(
+        self, model: nn.Module, split: Split, rows: Sequence[int], device: torch.device, size: int
+    ) -> dict[str, float]:
+        """Measure a model on some examples of a split, ``size`` at a time.
+
+        Where memory runs out, half as many are tried: the figures do not depend on the size.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If not even one example fits.
+        """
+        while True:
+            try:
+                return self._measure(model, split, rows, device, size)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise
+                size = (size + 1) // 2
+                log.warning("evaluation: %s; trying again with %d at a time", error, size)
+            # The failed attempt's tensors hang on its traceback, which ends with the except clause.
+            free_cache()
+
+    def _measure(
+        self, model: nn.Module, split: Split, rows: Sequence[int], device: torch.device, size: int
+    ) -> dict[str, float]:
+        """Figures of one attempt."""
+        batches = (split.collate(part) for part in chunks(split.alike(rows), size))
+        return self.metrics(*predict(model, batches, device))
+
+    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """Score predictions; see :mod:`rankfit.tasks.metrics`."""
+        names = split_list(self.settings.task.metrics)
+        if self.settings.task.problem == "regression":
+            return regression_metrics(logits, labels, names or ("pearson", "spearman"))
+        return classification_metrics(logits, labels, names or DEFAULT)
+
+    @abstractmethod
+    def _split(self, examples: Examples) -> Split:
+        """Wrap examples with this task's encoding."""
+
+    @abstractmethod
+    def _example_inputs(self, batch_size: int) -> Mapping[str, TensorSpec]:
+        """Describe the inputs of the largest batch."""
