@@ -1,1 +1,0 @@
-"""LoRA state as mathematics: names, slices, products, merging and wire encoding."""

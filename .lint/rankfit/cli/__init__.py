@@ -1,1 +1,0 @@
-"""The ``rankfit`` command and the Python entry point behind it."""

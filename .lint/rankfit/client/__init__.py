@@ -1,1 +1,0 @@
-"""The device: Flower ClientApp, the device report from NVML, and the trainer."""

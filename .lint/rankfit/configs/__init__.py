@@ -1,1 +1,0 @@
-"""Presets, and the typed settings that parse and check them."""

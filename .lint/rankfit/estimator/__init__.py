@@ -1,1 +1,0 @@
-"""What fits: the trace of a training step, the allocator replay, the network and the plan."""

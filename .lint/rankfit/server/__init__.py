@@ -1,1 +1,0 @@
-"""The coordinator: Flower ServerApp, run loop, checkpoints, evaluation and reports."""

@@ -1,1 +1,0 @@
-"""The Flower Strategy for adapters of different ranks, and the catalogue of methods."""

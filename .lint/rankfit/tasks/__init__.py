@@ -1,1 +1,0 @@
-"""What is learnt: model, data, partition and metrics behind one interface."""
