@@ -12,6 +12,8 @@ error to its next update; but directions are re-factorised between rounds, so th
 the old ones means nothing in the new.)
 """
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -24,6 +26,8 @@ from rankfit.adapters import names
 
 WireType = Literal["float32", "float16", "bfloat16", "int8"]
 Arrays = dict[str, NDArray[np.generic]]
+#: Number type of an array, by numpy's name, and its shape.
+Layout = tuple[str, tuple[int, ...]]
 
 _BFLOAT16_TAG, _INT8_TAG, _SCALE_TAG = "|bfloat16", "|int8", "|int8-scale"
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,6 +40,14 @@ HEAD_BYTES: dict[str, int] = WIRE_BYTES | {"int8": 2}
 SCALE_BYTES: dict[str, int] = dict.fromkeys(WIRE_BYTES, 0) | {"int8": 4}
 #: Types in which a client returns what changed.
 _CHANGES = ("bfloat16", "int8")
+
+
+#: The start of a .npy file as numpy writes it: magic, version 1.0, and a header of fixed form.
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '([<>|=]?\w{1,8})', 'fortran_order': (True|False), "
+    rb"'shape': \((\d{1,18},|\d{1,18}(?:, \d{1,18})+|)\), \} *\n",
+    re.DOTALL,
+)
 
 
 class WireError(ValueError):
@@ -69,6 +81,62 @@ def encode(
         else:
             arrays[name] = cast.numpy()
     return arrays
+
+
+def layout(state: Mapping[str, Tensor], wire_type: WireType) -> dict[str, Layout]:
+    """Number type and shape of every array that :func:`encode` makes of these tensors."""
+    found: dict[str, Layout] = {}
+    for name, tensor in state.items():
+        shape = tuple(tensor.shape)
+        if wire_type == "int8" and names.parse(name)[1] != "head":
+            found[name + _INT8_TAG] = ("int8", shape)
+            found[name + _SCALE_TAG] = ("float32", (shape[_axis(name)],))
+        elif wire_type in _CHANGES:
+            found[name + _BFLOAT16_TAG] = ("int16", shape)
+        else:
+            found[name] = (wire_type, shape)
+    return found
+
+
+def read_npy(data: bytes, expected: Layout) -> NDArray[np.generic]:
+    """The array in the bytes of a ``.npy`` file, as a view of them.
+
+    The header is compared before anything is allocated, and nothing in it is evaluated: numpy's own
+    reader allocates what a header claims, and reads archives and pickles too.
+
+    Raises
+    ------
+    WireError
+        If the bytes are no ``.npy`` file of just that number type and shape.
+    """
+    kind, shape = expected
+    header = _NPY.match(data, 0, 1024)
+    if header is None:
+        raise WireError("its bytes are no array of numbers")
+    dtype = np.dtype(kind)
+    descr, fortran = header[2].decode("ascii", "replace"), header[3] == b"True"
+    if descr != np.lib.format.dtype_to_descr(dtype):
+        raise WireError(f"it is {_dtype_name(descr)}; expected {kind}")
+    own = tuple(int(size) for size in re.findall(rb"\d+", header[4]))
+    if own != shape:
+        raise WireError(f"has shape {own}; the plan asks for {shape}")
+    if len(data) - header.end() != math.prod(shape) * dtype.itemsize:
+        raise WireError(f"{len(data)} bytes are not those of {kind} {shape}")
+    flat = np.frombuffer(data, dtype, offset=header.end())
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def payload_bytes(data: bytes) -> int:
+    """Bytes of the numbers in a ``.npy`` file; of what is no such file, all."""
+    header = _NPY.match(data, 0, 1024)
+    return len(data) - (header.end() if header else 0)
+
+
+def _dtype_name(descr: str) -> str:
+    try:
+        return np.dtype(descr).name
+    except TypeError:
+        return "of an unknown type"
 
 
 def decode(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Tensor]:
