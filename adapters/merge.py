@@ -98,7 +98,7 @@ class Merge(ABC):
         """Return the next global adapter, or the reference itself if nothing was added."""
         if self.total == 0:
             return self.reference
-        head = {name: tensor / self.total for name, tensor in self._head.items()}
+        head = self._finish_head()
         modules = list(self.reference.factors)
         factors = dict(zip(modules, in_threads(self._finish_module, modules), strict=True))
         return Adapter(factors, self.reference.scale, head)
@@ -109,6 +109,10 @@ class Merge(ABC):
         Asked for after :meth:`finish`.
         """
         return None
+
+    def _finish_head(self) -> dict[str, Tensor]:
+        """Give the next head: the mean."""
+        return {name: tensor / self.total for name, tensor in self._head.items()}
 
     @abstractmethod
     def _add_factors(self, update: Update) -> None:

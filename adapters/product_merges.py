@@ -218,6 +218,9 @@ class Refactored(Merge):
         self._merged = self._inner.finish()
         return super().finish()
 
+    def _finish_head(self) -> dict[str, Tensor]:
+        return dict(self._merged.head)
+
     def residual(self) -> Adapter | None:
         """Of the inner merge."""
         return self._inner.residual()
