@@ -37,5 +37,9 @@ def train(message: Message, context: Context) -> Message:
         "train-seconds": 0.0,
         "peak-memory-bytes": cast(int, plan["peak-bytes"]),
     }
-    content = {"adapter": ArrayRecord(changed), "metrics": MetricRecord(metrics)}
+    content = {
+        "adapter": ArrayRecord(changed),
+        "metrics": MetricRecord(metrics),
+        "update": ConfigRecord({"round": plan["round"], "run": plan["run"]}),
+    }
     return Message(RecordDict(content), reply_to=message)

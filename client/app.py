@@ -80,10 +80,12 @@ def finish(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train at the plan that came with the message, and return what moved."""
     answer = _perform("train", message, context)
+    plan = message.content.config_records["plan"]
     content = RecordDict(
         {
             "adapter": ArrayRecord({name: Array(array) for name, array in answer.arrays.items()}),
             "metrics": MetricRecord(dict(answer.metrics)),
+            "update": ConfigRecord({"round": plan["round"], "run": plan["run"]}),
         }
     )
     return Message(content, reply_to=message)

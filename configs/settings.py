@@ -279,7 +279,31 @@ class Server(Table):
         64, "Samples of one evaluation batch; halved where memory runs out.", unit="samples"
     )
     max_update_norm: NonNegative = setting(
-        0.0, "Drop an update whose change has a larger Frobenius norm (0 = no limit)."
+        0.0,
+        "Drop an update whose change, of its products or of its head, has a larger Frobenius norm "
+        "(0 = no limit).",
+    )
+    norm_limit: NonNegative = setting(
+        5.0,
+        "Drop an update whose change, of its products or of its head, is longer than this many "
+        "medians of its round (0 = no limit).",
+        unit="medians",
+    )
+    max_weight_share: Annotated[float, Field(gt=0, le=1)] = setting(
+        0.5,
+        "Largest share of a round's weight that one client can have, with the others counted up to "
+        "their median; two of n shares are always allowed.",
+    )
+    sample_changes: Literal["cap", "refuse", "accept"] = setting(
+        "cap",
+        "A client weighs by the samples that it named first: a larger number later is capped, any "
+        "other number drops its update, or it is accepted.",
+    )
+    robust: Literal[
+        "none", "norm-clipping", "trimmed-mean", "median", "geometric-median", "krum", "multi-krum"
+    ] = setting("none", "Merge that withstands hostile clients; see docs/merging.md.")
+    robust_share: Annotated[float, Field(ge=0, lt=0.5)] = setting(
+        0.25, "Share of hostile clients that `server.robust` allows for."
     )
     sampling: Literal["uniform", "samples"] = setting(
         "uniform",
@@ -297,8 +321,8 @@ class Server(Table):
     epsilon: PositiveFloat = setting(1e-3, "Adam's ε of `server.optimizer`.")
     max_waiting_updates: Count = setting(
         64,
-        "Updates that may wait for those of earlier clients; beyond it they are merged as"
-        " they come, and two runs of one seed may differ by rounding.",
+        "Updates that may wait for the median of their round; beyond it they are judged by those "
+        "that came so far and merged, and two runs of one seed may differ.",
         unit="updates",
     )
     merge_tolerance: NonNegative = setting(

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median_low
 from typing import Any, Self
 
 import tomli_w
@@ -223,34 +224,49 @@ def kind_of(report: DeviceReport) -> str:
 
 
 class Corrections:
-    """Largest excess of a measured peak over the estimate, by kind of device.
+    """How far measured peaks were above their estimates, by kind of device and by client.
 
     Only an excess is kept: a peak below the estimate means that the data were shorter than the
-    largest batch, not that the device needs less.
+    largest batch, not that the device needs less. A client keeps free the most that it measured
+    itself. What others of its kind measured counts by their median (the lower of two), so that no
+    one of them can move another's plan: two must have measured an excess.
     """
 
     def __init__(self) -> None:
-        self._excess: dict[str, int] = {}
+        #: By kind, the largest excess of each client; 0 = measured, and within the estimate.
+        self._excess: dict[str, dict[str, int]] = {}
 
     def extra_bytes(self, report: DeviceReport) -> int:
         """Bytes to keep free on a device beside its estimate."""
-        return self._excess.get(kind_of(report), 0)
+        known = self._excess.get(kind_of(report), {})
+        others = [excess for client, excess in known.items() if client != report.client]
+        usual = median_low(others) if len(others) > 1 else 0
+        return max(known.get(report.client, 0), min(usual, report.total_bytes))
 
     def learn(self, report: DeviceReport, expected_bytes: int, measured_bytes: int) -> None:
-        """Take in the measured peak of one update that trained its whole plan."""
-        excess, kind = measured_bytes - expected_bytes, kind_of(report)
+        """Take in the measured peak of one update that trained its whole plan.
+
+        An excess counts up to all the memory of the device.
+        """
+        excess, kind = min(measured_bytes - expected_bytes, report.total_bytes), kind_of(report)
         excess = -(-excess // GRAIN) * GRAIN if excess >= GRAIN else 0
-        if excess > self._excess.get(kind, 0):
-            self._excess[kind] = excess
-            log.info(
-                "%s takes up to %.2f MiB above its estimate, which is kept free from now on",
-                kind, excess / 2**20,
-            )  # fmt: skip
+        known = self._excess.setdefault(kind, {})
+        if excess > known.get(report.client, -1):
+            known[report.client] = excess
+            if excess:
+                log.info(
+                    "%s (%s) takes up to %.2f MiB above its estimate, which is kept free from now "
+                    "on", report.client, kind, excess / 2**20,
+                )  # fmt: skip
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, dict[str, int]]:
         """What was learnt, for the checkpoint."""
-        return dict(self._excess)
+        return {kind: dict(own) for kind, own in self._excess.items()}
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, Mapping[str, int] | int]) -> None:
         """Take over what an interrupted run had learnt."""
-        self._excess = {kind: int(value) for kind, value in state.items()}
+        self._excess = {
+            # Of an older release there is one figure for all clients of a kind: none is named.
+            kind: {c: int(v) for c, v in own.items()} if isinstance(own, Mapping) else {}
+            for kind, own in state.items()
+        }

@@ -1,11 +1,41 @@
 """The device report: what a client says of itself. Free of torch and of Flower."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 Accelerator = Literal["cuda", "cpu"]
 Source = Literal["nvml", "cuda", "ram", "declared"]
+
+#: Least and largest figures of a report that are believed.
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "total_bytes": (1, 2**50),
+    "free_bytes": (0, 2**50),
+    "reserved_bytes": (0, 2**50),
+    "processes": (-1, 10**6),
+    "upload_mbps": (0, 10**7),
+    "download_mbps": (0, 10**7),
+    "samples": (-1, 10**12),
+    "group_size": (1, 1024),
+}
+#: Characters that are kept of each of its texts.
+LENGTHS: Mapping[str, int] = {
+    "client": 64, "name": 96, "uuid": 64, "compute_capability": 8, "note": 200,
+}  # fmt: skip
+_CAPABILITY = re.compile(r"\d{1,3}\.\d{1,2}")
+
+
+def one_line(text: str, most: int) -> str:
+    """A client's text as it may be written and shown: printable characters on one line.
+
+    Control and format characters (line breaks, escape sequences, changes of direction) become
+    blanks, blanks in a row become one, and what is longer than ``most`` characters is cut.
+    """
+    kept = "".join(c if c.isprintable() else " " for c in text[: 8 * most])
+    line = " ".join(kept.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -62,13 +92,13 @@ class DeviceReport:
                 f"client {self.client!r} reports free {self.free_bytes} of {self.total_bytes} "
                 "bytes; expected 0 <= free <= total and total above 0"
             )
-        if self.group_size < 1:
-            raise ValueError(f"client {self.client!r} reports {self.group_size} processes")
-        if self.upload_mbps < 0 or self.download_mbps < 0:
-            raise ValueError(
-                f"client {self.client!r} reports a link of {self.upload_mbps} up, "
-                f"{self.download_mbps} down Mbps; expected figures >= 0"
-            )
+        for key, (least, most) in BOUNDS.items():
+            value = getattr(self, key)
+            if not (math.isfinite(value) and least <= value <= most):
+                raise ValueError(
+                    f"client {self.client!r} reports {key.replace('_', '-')} {shown(value)}; "
+                    f"expected {least:g} to {most:g}"
+                )
 
     @property
     def budget_bytes(self) -> int:
@@ -81,7 +111,7 @@ class DeviceReport:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, object]) -> "DeviceReport":
-        """Inverse of :meth:`to_dict`.
+        """Inverse of :meth:`to_dict`, with texts cleaned by :func:`one_line`.
 
         Raises
         ------
@@ -94,15 +124,34 @@ class DeviceReport:
             if key not in record:
                 raise ValueError(f"device report lacks {key!r}")
             value = record[key]
-            values[field.name] = (
-                float(value) if field.type is float and isinstance(value, int) else value
-            )
-            if not isinstance(
-                values[field.name], field.type if isinstance(field.type, type) else str
-            ):
-                raise ValueError(f"device report: {key} is {value!r}, expected {field.type}")
+            if field.name in BOUNDS:
+                kinds = (int, float) if field.type is float else (int,)
+                if isinstance(value, bool) or not isinstance(value, kinds):
+                    raise ValueError(f"device report: {key} is {shown(value)}, expected a number")
+                least, most = BOUNDS[field.name]
+                if not least <= value <= most:  # before a conversion: 10**400 is no float
+                    raise ValueError(
+                        f"device report: {key} is {shown(value)}, expected {least:g} to {most:g}"
+                    )
+                values[field.name] = float(value) if field.type is float else value
+            elif not isinstance(value, str):
+                raise ValueError(f"device report: {key} is {shown(value)}, expected text")
+            else:
+                values[field.name] = one_line(value, LENGTHS.get(field.name, 16))
         if values["accelerator"] not in ("cuda", "cpu"):
             raise ValueError(f"device report: accelerator {values['accelerator']!r}")
         if values["source"] not in ("nvml", "cuda", "ram", "declared"):
             raise ValueError(f"device report: source {values['source']!r}")
+        capability = str(values["compute_capability"])
+        if capability and not _CAPABILITY.fullmatch(capability):
+            raise ValueError(f"device report: compute-capability {capability!r}, expected like 9.0")
+        if not values["client"]:
+            raise ValueError("device report: the client has no name")
         return cls(**values)  # type: ignore[arg-type]
+
+
+def shown(value: object) -> str:
+    """A client's value for an error message, whatever it is and however large."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a whole number of more than 20 digits"
+    return one_line(repr(value if not isinstance(value, str) else value[:200]), 60)

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message
@@ -17,11 +17,11 @@ from rankfit.configs.settings import RunSettings, derive, split_list
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, inputs_of
 from rankfit.estimator.tracer import TraceCache
+from rankfit.server import reporting as summary
 from rankfit.server import reporting as tables
 from rankfit.server.evaluation import Evaluator, Importance
 from rankfit.server.reporting import Holdings, console, write_report
 from rankfit.server.run_directory import Checkpoint, RunDirectory
-from rankfit.strategies import messages
 from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.method import configured
 from rankfit.strategies.methods import find
@@ -36,7 +36,6 @@ from rankfit.tasks.base_model import (
     target_modules,
 )
 from rankfit.tasks.lora import head_tensors, target_shapes
-from rankfit.tasks.metrics import pooled
 from rankfit.tasks.model_sources import resolve_source
 from rankfit.tasks.partition import partition_of
 from rankfit.tasks.task import Task
@@ -48,6 +47,10 @@ _TRACES = TraceCache()
 
 #: How long the end of a run waits for clients to end their workers.
 _FAREWELL_SECONDS = 30.0
+
+
+class RunFailed(RuntimeError):
+    """A run that has taught the adapter nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def federate(grid: Grid, settings: RunSettings) -> Adapter:
         For settings, a model or data that cannot be used; before any training.
     FleetError
         If too few clients that can train are there in time.
+    RunFailed
+        If not one update was merged in all rounds.
     """
     federation = build(settings)
     try:
@@ -90,8 +95,14 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
     strategy.summary()
     strategy.prepare(grid, 0)  # a fleet that cannot train is refused before anything is written
     directory.create()
-    if federation.data is not None and strategy.fleet.partitions:
-        _holdings(federation.data, settings, strategy.fleet.partitions).save(directory.path)
+    if federation.data is not None:
+        data = federation.data
+        strategy.know({}, len(data.train), len(data.test))
+        if strategy.fleet.partitions:
+            holdings = _holdings(data, settings, strategy.fleet.partitions)
+            holdings.save(directory.path)
+            parts = {f"partition-{i}": len(part) for i, part in enumerate(holdings.parts)}
+            strategy.know(parts, len(data.train), len(data.test))
     if checkpoint is None:
         checkpoint = _round_zero(federation)
     adapter, first = checkpoint.adapter, checkpoint.round + 1
@@ -102,14 +113,20 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
             outgoing = strategy.open_round(number, adapter, grid)
             known = _note_plans(federation, known, number)
             adapter, line = play_round(federation, grid, outgoing, number)
-            line |= {"diagnostics": strategy.diagnostics} if strategy.diagnostics else {}
+            line |= {"diagnostics": _finite(strategy.diagnostics)} if strategy.diagnostics else {}
             line["seconds"] = round(time.monotonic() - began, 3)
             _record(federation, events, adapter, line)
             log.info("%s", tables.round_line(line, settings.run.rounds))
     rounds = directory.rounds()
     write_report(directory.path, settings, rounds)
     console().print(tables.results(strategy, rounds))
-    console().print(tables.closing(directory.path, rounds))
+    if not summary.merged(rounds):
+        faults = ", ".join(f"{count} × {kind}" for kind, count in summary.faults(rounds).items())
+        raise RunFailed(
+            f"not one update was merged in {settings.run.rounds} rounds ({faults or 'none came'}); "
+            f"the adapter is that of the start. What each client said: {directory.path}/report.html"
+        )
+    console().print(tables.closing(directory.path, rounds), markup=False)
     return adapter
 
 
@@ -178,7 +195,7 @@ def _round_zero(federation: Federation) -> Checkpoint:
     checkpoint = Checkpoint(0, federation.start, {})
     line: dict[str, Any] = {"round": 0}
     if federation.settings.server.evaluate == "server":
-        line["evaluation"] = federation.evaluator(federation.start)
+        line["evaluation"] = _finite(federation.evaluator(federation.start))
     federation.directory.append_round(line)
     federation.directory.save(checkpoint, federation.heads)
     return checkpoint
@@ -191,15 +208,11 @@ def _evaluate(
     if where == "none":
         return {}
     if where == "server":
-        return federation.evaluator(adapter)
+        return _finite(federation.evaluator(adapter))
     outgoing = federation.strategy.evaluation_messages(number, adapter)
     timeout = federation.settings.server.round_timeout_seconds
     replies = dict(exchange(grid, outgoing, timeout))
-    for reply in replies.values():
-        if reply.has_error():
-            log.warning("round %d: an evaluation failed: %s", number, messages.failure(reply))
-    usable = [replies[p] for p in sorted(replies) if not replies[p].has_error()]
-    return pooled(messages.metrics(reply) for reply in usable)
+    return federation.strategy.evaluated(replies[p] for p in sorted(replies))
 
 
 def _record(
@@ -246,14 +259,18 @@ def _note_plans(federation: Federation, known: Mapping[str, Plan], number: int) 
 
 
 def _client_line(outcome: Outcome) -> dict[str, Any]:
-    line = asdict(outcome)
-    finite = {k: v for k, v in outcome.metrics.items() if math.isfinite(v)}
+    fault = {"kind": outcome.kind, "reason": outcome.reason} if outcome.reason else {}
     return {
-        "rank": line["rank"],
-        "merged": line["merged"],
-        **({"reason": line["reason"]} if line["reason"] else {}),
-        **finite,
-        "parameters": line["parameters"],
-        "upload-bytes": line["upload_bytes"],
-        "download-bytes": line["download_bytes"],
+        "rank": outcome.rank,
+        "merged": outcome.merged,
+        **fault,
+        **outcome.metrics,
+        "parameters": outcome.parameters,
+        "upload-bytes": outcome.upload_bytes,
+        "download-bytes": outcome.download_bytes,
     }
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures that JSON can hold: a model that has diverged has a loss that is none."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from rankfit.configs.settings import RunSettings, to_flat
 from rankfit.strategies.fleet import natural
@@ -110,6 +112,22 @@ def drops(rounds: Sequence[Line]) -> list[tuple[int, str, str]]:
     ]
 
 
+def merged(rounds: Sequence[Line]) -> int:
+    """Updates that were merged."""
+    return sum(int(line.get("updates", 0)) for line in rounds)
+
+
+def faults(rounds: Sequence[Line]) -> dict[str, int]:
+    """Updates that were not merged, by kind of fault, the most frequent first."""
+    kinds = Counter(
+        str(own.get("kind", "not merged"))
+        for line in rounds
+        for own in line.get("clients", {}).values()
+        if not own["merged"]
+    )
+    return dict(kinds.most_common())
+
+
 def traffic(rounds: Sequence[Line]) -> list[tuple[int, int]]:
     """(round, bytes of adapters sent and received up to its end)."""
     total, sums = 0, []
@@ -151,11 +169,11 @@ def plans(strategy: HeterogeneousLora) -> Table:
         report = strategy.fleet.devices[client].report
         link = f"{_mbps(report.upload_mbps)} / {_mbps(report.download_mbps)}"
         plan = strategy.plans.get(client)
-        first = (client, report.name, report.source)
+        first = (Text(client), Text(report.name), report.source)  # Text: never read as markup
         if plan is None:
             reason = strategy.planner.refused.get(client, "not planned")
             budget = _mib(report.budget_bytes)
-            table.add_row(*first, budget, "–", link, "–", "–", "–", reason)
+            table.add_row(*first, budget, "–", link, "–", "–", "–", Text(reason))
             continue
         batch = f"{plan.micro_batch} × {plan.accumulation}"
         table.add_row(
@@ -197,7 +215,7 @@ def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) ->
     for own in clients(rounds):
         plan = strategy.plans.get(own.client)
         table.add_row(
-            own.client,
+            Text(own.client),
             own.ranks,
             str(own.rounds),
             str(own.dropped),
@@ -212,12 +230,18 @@ def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) ->
 
 
 def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
-    """Best, final and mean of the last ten evaluations, and where the adapter lies."""
+    """Best, final and mean of the last evaluations, what was not merged, and where all lies."""
     lines = [
         f"test {score.name}: final {score.final:.4f}, best {score.best:.4f}, "
         f"mean of the last ten {score.mean_of_last:.4f}"
         for score in scores(rounds)
     ]
+    faults, merged = faults(rounds), merged(rounds)
+    if faults:
+        dropped = sum(faults.values())
+        few = "only " if merged < dropped else ""
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in faults.items())
+        lines.append(f"{few}{merged} of {merged + dropped} updates were merged; not: {kinds}")
     lines.append(f"PEFT adapter: {path / 'checkpoint'}")
     lines.append(f"report: {path / 'report.html'}")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from rankfit.configs.settings import derive
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.strategies import messages
+from rankfit.strategies.replies import Refused, keeps_worker, partitions, read_failure, read_report
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,8 @@ def exchange(
 ) -> Iterator[tuple[int, Message]]:
     """Send messages; yield (position, reply) as replies arrive, until all are there or time is up.
 
+    A reply to no message that still waits is left out.
+
     Parameters
     ----------
     grid : Grid
@@ -120,7 +123,12 @@ def exchange(
     while waiting:
         arrived = list(grid.pull_messages(list(waiting)))
         for reply in arrived:
-            yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            position = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if position is None:
+                node = reply.metadata.src_node_id
+                log.warning("a reply of node %d to no message that waits is left out", node)
+                continue
+            yield position, reply
         if not waiting or time.monotonic() > deadline:
             return
         if arrived:
@@ -218,7 +226,7 @@ class Fleet:
         for position, reply in exchange(grid, outgoing, seconds):
             heard += 1
             if reply.has_error():
-                why = messages.failure(reply)
+                why = read_failure(reply).reason
                 log.warning("node %d did not end its worker: %s", nodes[position], why)
         if heard < len(nodes):
             log.warning("%d nodes did not hear that the run is over", len(nodes) - heard)
@@ -319,29 +327,28 @@ class Fleet:
         report = _read(node, reply)
         if report is None:
             return
-        if messages.keeps_worker(reply):
+        if keeps_worker(reply):
             self._workers.add(node)
-        self._shares[node] = messages.partitions(reply)
-        known = self.devices.get(report.client)
-        if known is not None:
+        self._shares[node] = partitions(reply)
+        if report.client in self.devices:
+            fresh = f"{report.client}-{node}"
+            while fresh in self.devices:
+                fresh += "-"
             log.warning(
                 "two nodes call themselves %r; node %d becomes %r (set client-name)",
-                report.client, node, f"{report.client}-{node}",
+                report.client, node, fresh,
             )  # fmt: skip
-            report = replace(report, client=f"{report.client}-{node}")
+            report = replace(report, client=fresh)
         self._asked[node] = report.client
         self.devices[report.client] = Device(node, self._linked(report.client, report))
 
 
 def _read(node: int, reply: Message) -> DeviceReport | None:
     """The report in a reply; None, with a warning, where there is no usable one."""
-    if reply.has_error():
-        log.warning("node %d gave no device report: %s", node, messages.failure(reply))
-        return None
     try:
-        return messages.device_report(reply)
-    except ValueError as error:
-        log.warning("node %d gave a device report that cannot be used: %s", node, error)
+        return read_report(reply)
+    except Refused as refused:
+        log.warning("node %d gave no device report that can be used: %s", node, refused)
         return None
 
 
@@ -384,5 +391,6 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts ``partition-10`` after ``partition-9``."""
     parts = []
     for part in name.replace("-", " ").split():
-        parts.append((0, int(part), "") if part.isdigit() else (1, 0, part))
+        number = part.isascii() and part.isdigit()  # "²" is a digit to Python, and no number
+        parts.append((0, int(part), "") if number else (1, 0, part))
     return tuple(parts)

@@ -1,19 +1,21 @@
-"""Flower records and messages ↔ the plain values that the rest of RankFit works with."""
+"""Flower records and messages from the plain values that the rest of RankFit works with.
+
+What clients send back is read in :mod:`rankfit.strategies.replies` alone.
+"""
 
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
-
-from rankfit.estimator.device_report import DeviceReport
 
 QUERY = "query.capabilities"
 FINISH = "query.finish"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
+#: Characters of a client's reason that are read, from its end.
+_READ = 4000
 #: Flower's error codes; 3, 4 and 5 are written by the SuperLink on the client's behalf.
 _ERRORS = {
     0: "unknown error, or its process died",
@@ -47,46 +49,15 @@ def message(
     )
 
 
+def origin(message: Message) -> ConfigRecord:
+    """Which round of which run a message is of: an update carries it back as ``update``."""
+    plan = message.content.config_records["plan"]
+    return ConfigRecord({"round": plan["round"], "run": plan["run"]})
+
+
 def failure(reply: Message) -> str:
     """Say why a reply carries an error: what happened, and the last line of the client's reason."""
     text = _ERRORS.get(reply.error.code, f"error {reply.error.code}")
-    lines = [line.strip() for line in (reply.error.reason or "").splitlines() if line.strip()]
+    reason = (reply.error.reason or "")[-_READ:]
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
     return f"{text}: {lines[-1]}" if lines else text
-
-
-def device_report(reply: Message) -> DeviceReport:
-    """Read the device report out of a reply to :data:`QUERY`.
-
-    Raises
-    ------
-    ValueError
-        If the reply holds none, or a bad one.
-    """
-    if "device" not in reply.content:
-        raise ValueError("the reply to the query holds no device report")
-    return DeviceReport.from_dict(dict(cast(ConfigRecord, reply.content["device"])))
-
-
-def keeps_worker(reply: Message) -> bool:
-    """Whether the client that sent this reply to :data:`QUERY` keeps a process for more."""
-    record = reply.content.config_records.get("client", ConfigRecord())
-    return bool(record.get("worker", False))
-
-
-def partitions(reply: Message) -> int:
-    """Nodes that the sender of this reply to :data:`QUERY` shares a data set with; 0 = none."""
-    record = reply.content.config_records.get("client", ConfigRecord())
-    found = record.get("partitions", 0)
-    return found if isinstance(found, int) and found > 0 else 0
-
-
-def adapter_arrays(reply: Message) -> dict[str, NDArray[np.generic]]:
-    """Return the arrays of an update, or none if the reply has no adapter."""
-    record = reply.content.array_records.get("adapter")
-    return record_arrays(record) if record is not None else {}
-
-
-def metrics(reply: Message) -> dict[str, int | float]:
-    """Return the plain numbers of a reply's metrics."""
-    record = reply.content.metric_records.get("metrics", MetricRecord())
-    return {name: value for name, value in record.items() if isinstance(value, int | float)}

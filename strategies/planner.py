@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from statistics import median_low
 from typing import Any
 
 from rankfit.adapters.names import Moves
@@ -14,41 +15,41 @@ from rankfit.estimator.plan_search import Estimator, NothingFits
 from rankfit.estimator.training_time import Pace
 from rankfit.strategies.allocation import Budget, Choice
 from rankfit.strategies.method import Method, with_head_moment, with_tail
-
-#: Metrics of this name, with a module behind it, are scores.
-PREFIX = "score."
+from rankfit.strategies.replies import SCORE
 
 
 class ScoreBook:
-    """Sample-weighted means of the scores of one round; a module that nobody measured is absent."""
+    """Median over the clients of the scores of one round; a module that nobody measured is absent.
+
+    One client moves a median no further than to the score of another, so that it does not decide
+    the ranks of all. Of a module that one client alone was given, it is that client's.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
+        self._scores: dict[str, list[float]] = {}
 
     def see(self, metrics: Mapping[str, int | float]) -> None:
         """Add what one client measured."""
-        weight = float(metrics.get("num-examples", 0))
         for name, value in metrics.items():
-            if name.startswith(PREFIX):
-                module = name.removeprefix(PREFIX)
-                self._sums[module] = self._sums.get(module, 0.0) + weight * float(value)
-                self._weights[module] = self._weights.get(module, 0.0) + weight
+            if name.startswith(SCORE):
+                self._scores.setdefault(name.removeprefix(SCORE), []).append(float(value))
 
-    def means(self) -> dict[str, float]:
-        """Mean of each module that was measured."""
-        return {module: total / self._weights[module] for module, total in self._sums.items()}
+    def medians(self) -> dict[str, float]:
+        """Of each module that was measured."""
+        return {module: median_low(found) for module, found in self._scores.items()}
 
     @staticmethod
     def without(metrics: Mapping[str, int | float]) -> dict[str, int | float]:
         """All other metrics."""
-        return {name: value for name, value in metrics.items() if not name.startswith(PREFIX)}
+        return {name: value for name, value in metrics.items() if not name.startswith(SCORE)}
 
 
 log = logging.getLogger(__name__)
 
 #: After out of memory, a client is planned with this share of what the failed plan was to take.
 AFTER_FAILURE = 0.95
+#: FLOPs per second that no client is believed to reach.
+FASTEST = 1e20
 #: Plans that are kept for devices of the same kind.
 KEPT = 20_000
 
@@ -193,7 +194,11 @@ class Planner:
         if not self._settings.plan.deadline_seconds or seconds <= 0 or examples <= 0:
             return
         estimator = self._estimator(("both",) if plan.moves == "both" else (plan.moves,))
-        pace = Pace(examples * estimator.flops(plan) / seconds, examples)
+        flops = examples * estimator.flops(plan) / seconds
+        if not 0 < flops < FASTEST:
+            log.warning("client %s: a round in %.3g s is no pace that is believed", client, seconds)
+            return
+        pace = Pace(flops, examples)
         known = self._paces.get(client)
         if known is not None:
             mean = (pace.flops_per_second + known.flops_per_second) / 2

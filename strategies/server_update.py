@@ -1,6 +1,7 @@
 """From the merge to the next global adapter: server optimizer, folding, moving average."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,18 @@ class Advance:
         if self._settings.server.average:
             self._average = self._averaged(join(merged, self.folded))
         return merged
+
+    def snapshot(self) -> tuple[object, ...]:
+        """All that a call changes, for :meth:`rewind`: no tensor is changed in place."""
+        own = self._optimizer
+        return (
+            dict(own.first), dict(own.second), self.folded, self.merged, self._average, self._steps,
+        )  # fmt: skip
+
+    def rewind(self, snapshot: tuple[Any, ...]) -> None:
+        """Forget what came after a :meth:`snapshot`."""
+        self._optimizer.first, self._optimizer.second, *rest = snapshot
+        self.folded, self.merged, self._average, self._steps = rest
 
     def exported(self, adapter: Adapter) -> Adapter:
         """What is evaluated and saved: the moving average, or the adapter, with what was folded."""

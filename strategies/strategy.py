@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,31 @@ from torch import Tensor
 
 from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.delta import Prints, leave_out, prints
-from rankfit.adapters.merge import Merge
-from rankfit.adapters.product_merges import join
+from rankfit.adapters.merge import Merge, Update
+from rankfit.adapters.product_merges import Refactored, join
+from rankfit.adapters.robust import Vote
 from rankfit.adapters.wire import decode, encode, round_trip
 from rankfit.configs.settings import ConfigError, RunSettings, derive
+from rankfit.estimator.device_report import one_line
 from rankfit.estimator.plan import Plan
 from rankfit.strategies import messages
 from rankfit.strategies.diagnostics import Diagnosis
 from rankfit.strategies.fleet import Fleet, round_seed, sample, sample_by_weight
 from rankfit.strategies.method import Method
 from rankfit.strategies.planner import Planner, ScoreBook
-from rankfit.strategies.replies import Assignment, BadUpdate, Metrics, read_update
+from rankfit.strategies.replies import (
+    LARGEST_MERGED,
+    Assignment,
+    Metrics,
+    Refused,
+    at_most,
+    read_evaluation,
+    read_failure,
+    read_metrics,
+    read_update,
+    upload_bytes,
+)
+from rankfit.strategies.screening import Screening, largest_weight
 from rankfit.strategies.server_update import Advance
 from rankfit.strategies.start import Share, Start
 from rankfit.tasks.lora import training_device
@@ -45,8 +60,8 @@ class Outcome:
         Rank that it was asked to train.
     merged : bool
         Whether its update is part of the merge.
-    reason : str
-        Why not ("" when merged).
+    kind, reason : str
+        Why not: the kind of fault, and a line of text ("" when merged).
     metrics : Mapping[str, int | float]
         What it measured, as it said (empty when nothing came).
     upload_bytes, download_bytes : int
@@ -58,6 +73,7 @@ class Outcome:
     client: str
     rank: int
     merged: bool
+    kind: str
     reason: str
     metrics: Metrics
     upload_bytes: int
@@ -70,9 +86,10 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, int | float]:
     listed = list(outcomes)
     merged = [outcome for outcome in listed if outcome.merged]
     samples = sum(float(o.metrics["num-examples"]) for o in merged)
-    weighted = sum(
-        float(o.metrics.get("train-loss", 0.0)) * float(o.metrics["num-examples"]) for o in merged
-    )
+    # A loss that is not finite is left out where it is read: that client has none.
+    with_loss = [o.metrics for o in merged if "train-loss" in o.metrics]
+    counted = sum(float(own["num-examples"]) for own in with_loss)
+    weighted = sum(float(own["train-loss"]) * float(own["num-examples"]) for own in with_loss)
     total: dict[str, int | float] = {
         "updates": len(merged),
         "dropped": len(listed) - len(merged),
@@ -81,7 +98,7 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, int | float]:
         "download-bytes": sum(o.download_bytes for o in listed),
         "trained-parameters": sum(o.parameters for o in listed),
     }
-    return total | ({"train-loss": weighted / samples} if samples else {})
+    return total | ({"train-loss": weighted / counted} if counted else {})
 
 
 def spent(settings: RunSettings, metrics: Metrics) -> tuple[float, int]:
@@ -124,6 +141,19 @@ class Selection:
         self._planner = planner
         #: Clients that had a plan until their free memory was read again.
         self._pressed: set[str] = set()
+
+    def know(self, samples: Mapping[str, int], most_samples: int, most_tests: int) -> None:
+        """Bound what clients can claim, where the server has the data set that they share.
+
+        Parameters
+        ----------
+        samples : Mapping[str, int]
+            Training samples of each client, by its name.
+        most_samples, most_tests : int
+            All there are for training, and for tests.
+        """
+        self.screening.know(samples, most_samples)
+        self._most_tests = most_tests
 
     def prepare(self, grid: Grid, server_round: int) -> None:
         """Wait for enough devices that can train, and plan for all of them.
@@ -327,20 +357,50 @@ class Dispatch:
         return messages.message(content, node_id, kind, self._number, ttl)
 
 
+#: Robust merges that vote on the numbers of the factors, in the place of the method's merge.
+VOTING = ("trimmed-mean", "median")
 #: Measures the importance of each module at a global adapter, in a round.
 Scorer = Callable[[Adapter, int], Mapping[str, float]]
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """An update that has been read and waits to be judged."""
+
+    assignment: Assignment
+    update: Update
+    metrics: Metrics
+    upload_bytes: int
+
+
 @dataclass
 class TrainingRound:
-    """A round under way."""
+    """A round under way.
+
+    Attributes
+    ----------
+    answered : set of int
+        Positions whose reply has come.
+    waiting : list of Waiting
+        Updates that were read and are not yet judged.
+    folded : list of Update or None
+        What is in the merge, to build it anew without an update that broke it; None = more than
+        are kept.
+    fault : str
+        Why the merge cannot be used ("" = it can).
+    """
 
     number: int
+    reference: Adapter
     merge: Merge
     assignments: list[Assignment]
     diagnosis: Diagnosis | None
     scores: ScoreBook
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    answered: set[int] = field(default_factory=set)
+    waiting: list[Waiting] = field(default_factory=list)
+    folded: list[Update] | None = field(default_factory=list)
+    fault: str = ""
 
 
 class HeterogeneousLora(Strategy):
@@ -368,6 +428,11 @@ class HeterogeneousLora(Strategy):
         fingerprint: str,
         scorer: Scorer,
     ) -> None:
+        if method.start.folds and settings.server.robust in VOTING:
+            raise ConfigError(
+                f"server.robust {settings.server.robust!r} votes on factors, and "
+                f"{method.name} folds them into the base; choose another"
+            )
         if settings.server.merge_device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("server.merge-device is 'cuda', but torch finds no GPU here")
         self.settings = settings
@@ -381,6 +446,9 @@ class HeterogeneousLora(Strategy):
         self.diagnostics: dict[str, float] = {}
         self._scorer = scorer
         self._selection = Selection(settings, planner)
+        self.screening = Screening(settings.server)
+        self._selection.samples = self.screening.samples
+        self._most_tests = 0
         self._round: TrainingRound | None = None
         #: By node, hashes of what it was sent last and has answered.
         self._held: dict[int, Prints] = {}
@@ -394,6 +462,11 @@ class HeterogeneousLora(Strategy):
     def plans(self) -> dict[str, Plan]:
         """Plan of each client that can train."""
         return self._selection.plans
+
+    @property
+    def assignments(self) -> list[Assignment]:
+        """What the clients of the open round were asked to do, in the order of the messages."""
+        return self._current().assignments
 
     def prepare(self, grid: Grid, server_round: int) -> None:
         """Wait for enough devices that can train, and plan for all; see :class:`Selection`."""
@@ -418,47 +491,64 @@ class HeterogeneousLora(Strategy):
         assignments, outgoing = self._dispatch(server_round).training(
             adapter, self.advance.folded, addressed, diagnosis
         )
-        merge = self.method.merge(adapter, derive(self.settings.run.seed, "merge", server_round))
-        merge.tolerance = self.settings.server.merge_tolerance
-        if self.settings.server.merge_device == "cuda":
-            merge.device = training_device()
-        self._round = TrainingRound(server_round, merge, assignments, diagnosis, ScoreBook())
+        merge = self._empty_merge(adapter, server_round)
+        self.screening.open()
+        self._round = TrainingRound(
+            server_round, adapter, merge, assignments, diagnosis, ScoreBook()
+        )
         for assignment in assignments:
             self._held.pop(assignment.node_id, None)  # until it answers
         return outgoing
 
-    def fold(self, position: int, reply: Message) -> Outcome:
-        """Check the reply to the message at ``position`` and merge it, or say why not."""
+    def fold(self, position: int, reply: Message) -> None:
+        """Read the reply to the message at ``position``; its update waits to be judged and merged.
+
+        A second reply to one message changes nothing.
+        """
         current = self._current()
         assignment = current.assignments[position]
-        outcome = self._judge(current, assignment, reply)
-        current.outcomes[assignment.client] = outcome
+        if position in current.answered:
+            log.warning("a second update of %s in one round is left out", assignment.client)
+            return
+        current.answered.add(position)
+        self._read(current, assignment, reply)
         if not reply.has_error():
             self._held[assignment.node_id] = assignment.prints
-        return outcome
+        if len(current.waiting) > self.settings.server.keep_waiting:
+            self._settle(current)
 
     def close_round(self) -> tuple[Adapter, list[Outcome]]:
-        """Return the next global adapter and the outcome of every sampled client, in order."""
+        """Return the next global adapter and the outcome of every sampled client, in order.
+
+        Where the merge gives no adapter that can be used, the round's updates are dropped, and the
+        adapter stays as it was.
+        """
         current = self._current()
+        self._settle(current, last=True)
         self._round = None
+        merged, fault = self._advance(current)
         outcomes = []
         for assignment in current.assignments:
-            missing = _dropped(assignment, "no answer before the deadline", {}, 0)
-            outcomes.append(current.outcomes.get(assignment.client, missing))
+            missing = _dropped(assignment, "no answer", "no answer before the deadline")
+            outcome = current.outcomes.get(assignment.client, missing)
+            if fault and outcome.merged:
+                outcome = replace(outcome, merged=False, kind="merge failed", reason=fault)
+            outcomes.append(outcome)
         for outcome in outcomes:
             if not outcome.merged:
                 log.warning(
                     "round %d: update of %s dropped: %s",
                     current.number, outcome.client, outcome.reason,
                 )  # fmt: skip
-        self.planner.scores |= current.scores.means()
-        merged = self.advance(current.merge)
+        self.planner.scores |= current.scores.medians()
         if current.diagnosis is not None:
-            self.diagnostics = current.diagnosis.figures(
-                self.advance.merged or merged,
-                current.merge.residual(),
-                join(merged, self.advance.folded),
-            )
+            self.diagnostics = {}
+            if not fault:
+                self.diagnostics = current.diagnosis.figures(
+                    self.advance.merged or merged,
+                    current.merge.residual(),
+                    join(merged, self.advance.folded),
+                )
         return merged, outcomes
 
     def exported(self, adapter: Adapter) -> Adapter:
@@ -478,10 +568,9 @@ class HeterogeneousLora(Strategy):
 
     def state(self) -> dict[str, Any]:
         """All that the next rounds depend on beside the adapter and :meth:`tensors`, for JSON."""
-        state = {**self.planner.state(), "identity": self.identity}
-        if self.settings.server.sampling == "samples":
-            state["samples"] = dict(self._selection.samples)
-        return state
+        return {
+            **self.planner.state(), **self.screening.state(), "identity": self.identity,
+        }  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors among it."""
@@ -494,7 +583,8 @@ class HeterogeneousLora(Strategy):
         self.planner.restore(state)
         if server_round:  # before the first round nothing is known; an older release kept none
             self.identity = state.get("identity", "")
-        self._selection.samples = {c: float(n) for c, n in state.get("samples", {}).items()}
+        self.screening.restore(state)
+        self._selection.samples = self.screening.samples
         self.advance.restore(tensors, server_round)
 
     # Flower's interface: the same steps, with the global adapter as an ArrayRecord.
@@ -528,9 +618,25 @@ class HeterogeneousLora(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Pool the clients' metrics; see :func:`rankfit.tasks.metrics.pooled`."""
-        total = pooled(messages.metrics(r) for r in replies if not r.has_error())
+        """See :meth:`evaluated`."""
+        total = self.evaluated(replies)
         return MetricRecord({**total}) if total else None
+
+    def evaluated(self, replies: Iterable[Message]) -> dict[str, float]:
+        """Clients' metrics as if their examples lay in one place; what cannot be read is left out.
+
+        See :func:`rankfit.tasks.metrics.pooled`.
+        """
+        usable: list[Metrics] = []
+        for reply in replies:
+            try:
+                usable.append(read_evaluation(reply, self.settings, self._most_tests))
+            except Refused as refused:
+                node = reply.metadata.src_node_id
+                log.warning("the evaluation of node %d is left out: %s", node, refused)
+        counts = [float(metrics["num-examples"]) for metrics in usable]
+        most = largest_weight(counts, self.settings.server.max_weight_share)
+        return pooled(at_most(metrics, most) for metrics in usable)
 
     def summary(self) -> None:
         """Log the method and the limits of the run."""
@@ -546,40 +652,128 @@ class HeterogeneousLora(Strategy):
             self.settings, start, self.fingerprint, self.identity, server_round, self._held
         )
 
-    def _judge(self, current: TrainingRound, assignment: Assignment, reply: Message) -> Outcome:
+    def _empty_merge(self, adapter: Adapter, server_round: int) -> Merge:
+        """The method's merge of a round, or the vote that the run sets in its place."""
+        server, make = self.settings.server, self.method.merge
+        seed = derive(self.settings.run.seed, "merge", server_round)
+        merge = make(adapter, seed)
+        if server.robust in VOTING:
+            share = server.robust_share if server.robust == "trimmed-mean" else None
+            vote = partial(Vote, trimmed=share)
+            # A method that re-factorises gives weak clients the strongest directions: so here.
+            aligned = merge.aligned
+            merge = vote(adapter, seed) if aligned else Refactored(adapter, seed, inner=vote)
+        merge.tolerance = server.merge_tolerance
+        if server.merge_device == "cuda":
+            merge.device = training_device()
+        return merge
+
+    def _read(self, current: TrainingRound, assignment: Assignment, reply: Message) -> None:
+        """Read a reply; whatever is wrong with it costs this update alone."""
+        client, plan = assignment.client, assignment.plan
         if reply.has_error():
-            reason = messages.failure(reply)
-            if "OutOfMemoryError" in reason:  # not even its smallest fall-back fitted
-                self.planner.ran_out(assignment.client, assignment.plan)
-            return _dropped(assignment, reason, {}, 0)
-        metrics: Metrics = messages.metrics(reply)
-        arrays = messages.adapter_arrays(reply)
-        upload = sum(array.nbytes for array in arrays.values())
+            failure = read_failure(reply)
+            if failure.out_of_memory:
+                self.planner.ran_out(client, plan)
+            current.outcomes[client] = _dropped(assignment, failure.kind, failure.reason)
+            return
+        upload, metrics = upload_bytes(reply), dict[str, int | float]()
+        try:
+            metrics |= read_metrics(reply, assignment, current.number, self.identity)
+            update = read_update(reply, assignment, metrics, self.settings.wire.dtype)
+            reported = self.fleet.devices[client].report.samples
+            update = self.screening.weigh(client, update, reported)
+        except Refused as refused:
+            dropped = _dropped(assignment, refused.kind, str(refused), metrics, upload)
+            current.outcomes[client] = dropped
+            return
+        metrics["num-examples"] = max(1, int(update.weight))
+        if self.settings.server.sampling == "samples":
+            # Clients of many samples come more often; they must not count for more as well.
+            update = replace(update, weight=1.0)
+        current.waiting.append(Waiting(assignment, update, metrics, upload))
+
+    def _settle(self, current: TrainingRound, *, last: bool = False) -> None:
+        """Judge the updates that wait, and merge them or say why not."""
+        if self.screening.needs_all and not last:
+            return
+        # Plain averaging has the rank of its first update: that of a client that fell back to a
+        # smaller one must not decide for the others.
+        ready = sorted(current.waiting, key=lambda own: "rank-cap" in own.metrics)
+        current.waiting = []
+        moves = ready[0].assignment.plan.moves if ready else "both"
+        for own, judged in zip(
+            ready, self.screening.judge([own.update for own in ready], moves), strict=True
+        ):
+            try:
+                if isinstance(judged, Refused):
+                    raise judged
+                self._merge(current, judged)
+                outcome = self._merged(current, own, judged)
+            except Refused as refused:
+                outcome = _dropped(
+                    own.assignment, refused.kind, str(refused), own.metrics, own.upload_bytes
+                )
+            current.outcomes[own.assignment.client] = outcome
+
+    def _merge(self, current: TrainingRound, update: Update) -> None:
+        """Fold one update in, or leave the merge as it was.
+
+        Raises
+        ------
+        Refused
+            If the merge cannot take it.
+        """
+        try:
+            current.merge.add(update)
+        except Exception as error:  # noqa: BLE001 - one update must never end the run
+            log.debug("an update could not be merged", exc_info=True)
+            if current.folded is not None:  # part of it may be in the sums
+                current.merge = self._empty_merge(current.reference, current.number)
+                for before in current.folded:
+                    current.merge.add(before)
+            elif not isinstance(error, ValueError):  # those come before anything is added
+                current.fault = f"an update broke the merge ({type(error).__name__})"
+            raise Refused("merge failed", f"{type(error).__name__}: {error}") from error
+        if current.folded is not None:
+            current.folded.append(update)
+            if len(current.folded) > self.settings.server.keep_waiting:
+                current.folded = None
+
+    def _merged(self, current: TrainingRound, own: Waiting, update: Update) -> Outcome:
+        """Learn from an update that was merged; its outcome."""
+        assignment, metrics = own.assignment, own.metrics
+        client, plan = assignment.client, assignment.plan
         if metrics.get("out-of-memory", 0) > 0:
             log.warning(
                 "client %s ran out of memory and fell back to micro-batch %d, rank %d",
-                assignment.client,
-                metrics.get("micro-batch", 0),
-                metrics.get("rank-cap", assignment.plan.rank),
-            )
-            self.planner.ran_out(assignment.client, assignment.plan)
-        try:
-            limit, wire = self.settings.server.max_update_norm, self.settings.wire.dtype
-            update = read_update(assignment, arrays, metrics, limit, wire)
-            self._selection.samples[assignment.client] = update.weight
-            if self.settings.server.sampling == "samples":
-                # Clients of many samples come more often; they must not count for more as well.
-                update = replace(update, weight=1.0)
-            current.merge.add(update)
-        except (BadUpdate, ValueError) as error:
-            return _dropped(assignment, str(error), metrics, upload)
+                client, metrics.get("micro-batch", 0), metrics.get("rank-cap", plan.rank),
+            )  # fmt: skip
+            self.planner.ran_out(client, plan)
         if current.diagnosis is not None:
             current.diagnosis.see(update)
         current.scores.see(metrics)
-        metrics = self._measured(assignment, metrics)
         if metrics.get("pruned", 0) > 0:
-            self.planner.pruned(assignment.client, int(metrics["rank-cap"]))
-        return replace(_dropped(assignment, "", ScoreBook.without(metrics), upload), merged=True)
+            self.planner.pruned(client, int(metrics["rank-cap"]))
+        known = ScoreBook.without(self._measured(assignment, metrics))
+        return replace(_dropped(assignment, "", "", known, own.upload_bytes), merged=True)
+
+    def _advance(self, current: TrainingRound) -> tuple[Adapter, str]:
+        """The next global adapter; or this round's with what was wrong with the next one."""
+        before = self.advance.snapshot()
+        try:
+            if current.fault:
+                raise RuntimeError(current.fault)
+            merged = self.advance(current.merge)
+            fault = _unusable(join(merged, self.advance.folded))
+        except Exception as error:  # noqa: BLE001 - no update may end the run
+            log.debug("a merge failed", exc_info=True)
+            fault = f"the merge failed ({type(error).__name__}: {error})"
+        if not fault:
+            return merged, ""
+        log.error("round %d: %s; the adapter stays as it was", current.number, one_line(fault, 300))
+        self.advance.rewind(before)
+        return current.reference, one_line(fault, 300)
 
     def _measured(self, assignment: Assignment, metrics: Metrics) -> Metrics:
         """Learn from the measured peak of an update; return its metrics with what was expected."""
@@ -602,16 +796,28 @@ class HeterogeneousLora(Strategy):
         )
 
 
-def _dropped(assignment: Assignment, reason: str, metrics: Metrics, upload: int) -> Outcome:
+def _dropped(
+    assignment: Assignment, kind: str, reason: str, metrics: Metrics | None = None, upload: int = 0
+) -> Outcome:
     """The outcome of a client whose update is not part of the merge."""
     trained = assignment.given.moving(assignment.plan.moves).values()
     return Outcome(
         client=assignment.client,
         rank=assignment.plan.rank,
         merged=False,
+        kind=kind,
         reason=reason,
-        metrics=metrics,
+        metrics=metrics or {},
         upload_bytes=upload,
         download_bytes=assignment.download_bytes,
         parameters=sum(tensor.numel() for tensor in trained),
     )
+
+
+def _unusable(adapter: Adapter) -> str:
+    """What keeps an adapter from being a checkpoint; "" = nothing does."""
+    for name, tensor in adapter.state_dict().items():
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not largest <= LARGEST_MERGED:
+            return f"the merged {name} holds {largest:.3g}; expected up to {LARGEST_MERGED:g}"
+    return ""

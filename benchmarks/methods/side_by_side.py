@@ -319,5 +319,8 @@ class SideBySide:
         )
         arrays = encode_update(state, member.given.state_dict(), settings.wire.dtype, rounding)
         record = messages.arrays_record(arrays)
-        content = RecordDict({"adapter": record, "metrics": MetricRecord(metrics)})
+        origin = messages.origin(member.message)
+        content = RecordDict(
+            {"adapter": record, "metrics": MetricRecord(metrics), "update": origin}
+        )
         return Message(content, reply_to=member.message)

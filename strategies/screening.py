@@ -1,0 +1,195 @@
+"""Which of a round's updates are merged, and how much each of them weighs.
+
+A client's claims are measured against those of the others: its change against the median length of
+the round's changes (factors and head apart), its samples against what it said first and against the
+median of the round. Medians need all updates of a round, so these wait until the round closes, but
+no more than ``server.keep-waiting`` at a time: beyond it, updates are judged by those that came so
+far, and memory stays bounded. A round of fewer than :data:`FEW` updates has no majority; the
+lengths of the last merged ones (of the same factors) are asked as well. In a first round of one or
+two updates nobody can be asked: then only the absolute limits hold.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rankfit.adapters.merge import Update
+from rankfit.adapters.names import Moves
+from rankfit.adapters.robust import Length, geometric_median, krum, length, shortened, usual
+from rankfit.configs.settings import Server
+from rankfit.strategies.replies import Refused
+
+log = logging.getLogger(__name__)
+
+#: Updates that make a median of their own.
+FEW = 5
+#: Merged lengths that are remembered for rounds of fewer.
+REMEMBERED = 16
+#: What comes of an update: the update as it is merged, or why it is not.
+Judged = Update | Refused
+
+
+class Screening:
+    """Judges updates, over the rounds of a run.
+
+    Parameters
+    ----------
+    server : Server
+        Its limits and its robust merge.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._known: Mapping[str, int] = {}
+        self._most = 0
+        #: Samples of each client, as it said first.
+        self.samples: dict[str, float] = {}
+        self._lengths: dict[str, list[Length]] = {}
+        self._seen: list[Length] = []
+        self._weights: list[float] = []
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the robust merge chooses among all updates of a round."""
+        return self._server.robust in ("geometric-median", "krum", "multi-krum")
+
+    def know(self, samples: Mapping[str, int], most: int) -> None:
+        """Bound what clients can claim to have.
+
+        Parameters
+        ----------
+        samples : Mapping[str, int]
+            Samples that the server knows a client to have, by its name.
+        most : int
+            Samples that no client can have more of (0 = not known).
+        """
+        self._known, self._most = samples, most
+
+    def open(self) -> None:
+        """Begin a round."""
+        self._seen, self._weights = [], []
+
+    def weigh(self, client: str, update: Update, reported: int) -> Update:
+        """The update at the number of samples that is believed.
+
+        Parameters
+        ----------
+        reported : int
+            Samples in the client's device report (−1 = not counted).
+
+        Raises
+        ------
+        Refused
+            If the number has changed, and ``server.sample-changes`` is ``refuse``.
+        """
+        claimed = update.weight
+        bound = self._known.get(client, self._most)
+        believed = min(claimed, bound) if bound else claimed
+        if believed < claimed:
+            log.warning("client %s claims %g samples and has %d at most", client, claimed, bound)
+        first = self.samples.setdefault(client, float(reported) if reported > 0 else believed)
+        if claimed != first and self._server.sample_changes == "refuse":
+            raise Refused("samples changed", f"{claimed:g} samples; it said {first:g} before")
+        if self._server.sample_changes == "cap":
+            believed = min(believed, first)
+        return replace(update, weight=believed)
+
+    def judge(self, updates: Sequence[Update], moves: Moves) -> list[Judged]:
+        """What comes of each of these updates of a round, in their order.
+
+        Parameters
+        ----------
+        moves : {"both", "a", "b"}
+            Which factors moved: changes of other ones are of other lengths.
+        """
+        lengths = [length(update.given, update.trained) for update in updates]
+        self._seen += lengths
+        asked = list(self._seen)
+        if len(asked) < FEW:
+            asked += self._lengths.get(moves, [])
+        judged = [self._limited(u, own, asked) for u, own in zip(updates, lengths, strict=True)]
+        kept = [position for position, one in enumerate(judged) if isinstance(one, Update)]
+        self._remember(moves, [lengths[position] for position in kept])
+        for position, one in zip(kept, self._weighted([judged[p] for p in kept]), strict=True):  # type: ignore[misc]
+            judged[position] = one
+        return judged
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, for the checkpoint."""
+        lengths = {
+            moves: [[own.factors, own.head] for own in found]
+            for moves, found in self._lengths.items()
+        }
+        return {"samples": dict(self.samples), "lengths": lengths}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what an interrupted run had learnt."""
+        self.samples = {client: float(count) for client, count in state.get("samples", {}).items()}
+        self._lengths = {
+            moves: [Length(*map(float, own)) for own in found]
+            for moves, found in state.get("lengths", {}).items()
+        }
+
+    def _limited(self, update: Update, own: Length, asked: Sequence[Length]) -> Judged:
+        """An update whose change is not too long; shortened where that is the robust merge."""
+        most = self._server.max_update_norm
+        if most and max(own.factors, own.head) > most:
+            return Refused(
+                "too long a change",
+                f"change of norm {max(own.factors, own.head):.3g} is above "
+                f"server.max-update-norm {most:g}",
+            )
+        if len(asked) < 3:
+            return update
+        middle = Length(usual([o.factors for o in asked]), usual([o.head for o in asked]))
+        if self._server.robust == "norm-clipping":
+            return shortened(update, middle.factors, middle.head)
+        limit = self._server.norm_limit
+        for what, mine, median in (
+            ("factors", own.factors, middle.factors),
+            ("head", own.head, middle.head),
+        ):
+            if limit and median > 0 and mine > limit * median:
+                return Refused(
+                    "too long a change",
+                    f"the change of its {what} is {mine / median:.3g} times the median; "
+                    f"server.norm-limit is {limit:g}",
+                )
+        return update
+
+    def _weighted(self, updates: Sequence[Update]) -> list[Judged]:
+        """Updates at their weights: capped, or as the robust merge says."""
+        if not updates:
+            return []
+        if self._server.robust in ("krum", "multi-krum"):
+            hostile = -int(-self._server.robust_share * len(updates) // 1)
+            order = krum(updates, hostile)
+            chosen = set(order[: 1 if self._server.robust == "krum" else len(order) - hostile])
+            left_out = Refused("not chosen", f"{self._server.robust} chose others of the round")
+            return [u if i in chosen else left_out for i, u in enumerate(updates)]
+        self._weights += [update.weight for update in updates]
+        most = largest_weight(self._weights, self._server.max_weight_share)
+        capped = [replace(u, weight=min(u.weight, most)) for u in updates]
+        if self._server.robust == "geometric-median" and len(updates) > 2:
+            weights = geometric_median(capped)
+            return [replace(u, weight=max(w, 1e-12)) for u, w in zip(capped, weights, strict=True)]
+        return list(capped)
+
+    def _remember(self, moves: Moves, lengths: Sequence[Length]) -> None:
+        self._lengths[moves] = [*self._lengths.get(moves, []), *lengths][-REMEMBERED:]
+
+
+def largest_weight(weights: Sequence[float], share: float) -> float:
+    """The weight at which one of a round's clients has a share of it, whatever the others claim.
+
+    No other counts for more than the median here, so that several who claim much do not lift each
+    other. A round of two has no majority: two of n shares are always allowed.
+    """
+    share = max(share, 2 / len(weights)) if weights else 1.0
+    if share >= 1:
+        return math.inf
+    middle = usual(weights)
+    others = sum(min(own, middle) for own in weights) - middle
+    return share / (1 - share) * others
