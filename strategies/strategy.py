@@ -142,19 +142,6 @@ class Selection:
         #: Clients that had a plan until their free memory was read again.
         self._pressed: set[str] = set()
 
-    def know(self, samples: Mapping[str, int], most_samples: int, most_tests: int) -> None:
-        """Bound what clients can claim, where the server has the data set that they share.
-
-        Parameters
-        ----------
-        samples : Mapping[str, int]
-            Training samples of each client, by its name.
-        most_samples, most_tests : int
-            All there are for training, and for tests.
-        """
-        self.screening.know(samples, most_samples)
-        self._most_tests = most_tests
-
     def prepare(self, grid: Grid, server_round: int) -> None:
         """Wait for enough devices that can train, and plan for all of them.
 
@@ -467,6 +454,19 @@ class HeterogeneousLora(Strategy):
     def assignments(self) -> list[Assignment]:
         """What the clients of the open round were asked to do, in the order of the messages."""
         return self._current().assignments
+
+    def know(self, samples: Mapping[str, int], most_samples: int, most_tests: int) -> None:
+        """Bound what clients can claim, where the server has the data set that they share.
+
+        Parameters
+        ----------
+        samples : Mapping[str, int]
+            Training samples of each client, by its name.
+        most_samples, most_tests : int
+            All there are for training, and for tests.
+        """
+        self.screening.know(samples, most_samples)
+        self._most_tests = most_tests
 
     def prepare(self, grid: Grid, server_round: int) -> None:
         """Wait for enough devices that can train, and plan for all; see :class:`Selection`."""
