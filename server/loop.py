@@ -17,8 +17,7 @@ from rankfit.configs.settings import RunSettings, derive, split_list
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, inputs_of
 from rankfit.estimator.tracer import TraceCache
-from rankfit.server import reporting as summary
-from rankfit.server import reporting as tables
+from rankfit.server import reporting
 from rankfit.server.evaluation import Evaluator, Importance
 from rankfit.server.reporting import Holdings, console, write_report
 from rankfit.server.run_directory import Checkpoint, RunDirectory
@@ -116,17 +115,17 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
             line |= {"diagnostics": _finite(strategy.diagnostics)} if strategy.diagnostics else {}
             line["seconds"] = round(time.monotonic() - began, 3)
             _record(federation, events, adapter, line)
-            log.info("%s", tables.round_line(line, settings.run.rounds))
+            log.info("%s", reporting.round_line(line, settings.run.rounds))
     rounds = directory.rounds()
     write_report(directory.path, settings, rounds)
-    console().print(tables.results(strategy, rounds))
-    if not summary.merged(rounds):
-        faults = ", ".join(f"{count} × {kind}" for kind, count in summary.faults(rounds).items())
+    console().print(reporting.results(strategy, rounds))
+    if not reporting.merged(rounds):
+        faults = ", ".join(f"{count} × {kind}" for kind, count in reporting.faults(rounds).items())
         raise RunFailed(
             f"not one update was merged in {settings.run.rounds} rounds ({faults or 'none came'}); "
             f"the adapter is that of the start. What each client said: {directory.path}/report.html"
         )
-    console().print(tables.closing(directory.path, rounds), markup=False)
+    console().print(reporting.closing(directory.path, rounds), markup=False)
     return adapter
 
 
@@ -254,7 +253,7 @@ def _note_plans(federation: Federation, known: Mapping[str, Plan], number: int) 
         for client, plan in sorted(strategy.plans.items())
         if known.get(client) != plan
     )
-    console().print(tables.plans(strategy))
+    console().print(reporting.plans(strategy))
     return dict(strategy.plans)
 
 

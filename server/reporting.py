@@ -236,12 +236,12 @@ def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
         f"mean of the last ten {score.mean_of_last:.4f}"
         for score in scores(rounds)
     ]
-    faults, merged = faults(rounds), merged(rounds)
-    if faults:
-        dropped = sum(faults.values())
-        few = "only " if merged < dropped else ""
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in faults.items())
-        lines.append(f"{few}{merged} of {merged + dropped} updates were merged; not: {kinds}")
+    kinds, done = faults(rounds), merged(rounds)
+    if kinds:
+        dropped = sum(kinds.values())
+        few = "only " if done < dropped else ""
+        listed = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+        lines.append(f"{few}{done} of {done + dropped} updates were merged; not: {listed}")
     lines.append(f"PEFT adapter: {path / 'checkpoint'}")
     lines.append(f"report: {path / 'report.html'}")
     return "\n".join(lines)
