@@ -514,7 +514,7 @@ class HeterogeneousLora(Strategy):
         self._read(current, assignment, reply)
         if not reply.has_error():
             self._held[assignment.node_id] = assignment.prints
-        if len(current.waiting) > self.settings.server.keep_waiting:
+        if len(current.waiting) > self.settings.server.max_waiting_updates:
             self._settle(current)
 
     def close_round(self) -> tuple[Adapter, list[Outcome]]:
@@ -737,7 +737,7 @@ class HeterogeneousLora(Strategy):
             raise Refused("merge failed", f"{type(error).__name__}: {error}") from error
         if current.folded is not None:
             current.folded.append(update)
-            if len(current.folded) > self.settings.server.keep_waiting:
+            if len(current.folded) > self.settings.server.max_waiting_updates:
                 current.folded = None
 
     def _merged(self, current: TrainingRound, own: Waiting, update: Update) -> Outcome:
