@@ -28,7 +28,8 @@ def test_a_classifier_of_a_csv_file(own_folder: Path) -> None:
     settings = compose(["examples/csv-classifier.toml", "run.rounds=4"])
     here(api.absolute(settings))
     rounds = lines(own_folder / "runs" / "csv-classifier")
-    assert rounds[-1]["evaluation"]["accuracy"] > 0.9 > rounds[0]["evaluation"]["accuracy"]
+    first, last = (rounds[i]["evaluation"]["accuracy"] for i in (0, -1))
+    assert first < 0.5 and last > 0.7, "of three classes that are equally frequent"
 
 
 def test_a_language_model_of_a_json_lines_file(own_folder: Path) -> None:
