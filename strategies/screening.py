@@ -5,8 +5,8 @@ the round's changes (factors and head apart), its samples against what it said f
 median of the round. Medians need all updates of a round, so these wait until the round closes, but
 no more than ``server.max-waiting-updates`` at a time: beyond it, updates are judged by those that
 came so far, and memory stays bounded. A round of fewer than :data:`FEW` updates has no majority;
-the lengths of the last merged ones (of the same factors) are asked as well. In a first round of one or
-two updates nobody can be asked: then only the absolute limits hold.
+the lengths of the last merged ones (of the same factors) are asked as well. In a first round of one
+or two updates nobody can be asked: then only the absolute limits hold.
 """
 
 import logging
