@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +18,7 @@ from flwr.clientapp import ClientApp
 
 from rankfit.adapters.delta import Arrays, fill_in
 from rankfit.client.accelerate_config import DataParallel
-from rankfit.client.device import Held, device_report
+from rankfit.client.device import Held, Placement, device_report
 from rankfit.client.worker_protocol import Answer, Kind, Request
 from rankfit.configs.settings import RunSettings, from_flat
 from rankfit.estimator.device_report import DeviceReport
@@ -45,7 +46,7 @@ def capabilities(message: Message, context: Context) -> Message:
     partition, shared = _place(context)
     partitions = 0 if partition is None else shared
     if order is None:
-        report = _report(context, _own())
+        report = _report(context, _own(), _placement())
     else:
         from rankfit.client import worker_proxy as messenger
 
@@ -107,7 +108,7 @@ def _perform(kind: Kind, message: Message, context: Context) -> Answer:
 
         report = _report(context, messenger.held(order))
         return messenger.ask(order, _request(kind, message, context, report), report.uuid)
-    report = _report(context)
+    report = _report(context, _own(), _placement())
     _see_only(report)
     from rankfit.client.request_handler import perform
     from rankfit.client.workspace import workspace
@@ -208,14 +209,33 @@ def _settings(context: Context) -> RunSettings:
     return settings.deployed() if _deployed() else settings
 
 
-def _report(context: Context, worker: Held | None = None) -> DeviceReport:
+def _report(
+    context: Context, worker: Held | None = None, placement: Placement | None = None
+) -> DeviceReport:
     return device_report(
         context.node_config,
         _settings(context),
         node_id=context.node_id,
         worker=worker,
         group=_group(context),
+        placement=placement,
     )
+
+
+def _placement() -> Placement | None:
+    """What Ray gave this process of the simulation's GPUs; None elsewhere, and without GPUs."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    share = float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
+    if not share:
+        return None
+    import psutil
+
+    visible = None
+    with suppress(psutil.Error):  # Ray's own process was started with all GPUs of the simulation
+        visible = psutil.Process(os.getppid()).environ().get("CUDA_VISIBLE_DEVICES")
+    return Placement(share, visible)
 
 
 def _payload(asked: ConfigRecord) -> ArrayRecord:

@@ -24,6 +24,22 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where a simulation may put a client.
+
+    Attributes
+    ----------
+    share : float
+        Part of a GPU that each client has; from 1, the whole.
+    visible : str or None
+        ``CUDA_VISIBLE_DEVICES`` of the simulation: any of its GPUs may be a client's next one.
+    """
+
+    share: float
+    visible: str | None
+
+
+@dataclass(frozen=True)
 class _Device:
     """The physical device: what it is, its memory, and where that was read."""
 
@@ -54,6 +70,7 @@ def device_report(
     samples: int = -1,
     worker: Held | None = None,
     group: DataParallel | None = None,
+    placement: Placement | None = None,
 ) -> DeviceReport:
     """Measure this client's device, or take what its node config or the fleet declares.
 
@@ -75,6 +92,8 @@ def device_report(
         The process that keeps this client's model on the GPU: what it holds is free for it.
     group : DataParallel or None
         Where several GPUs train for this client; a declared memory is then that of each.
+    placement : Placement or None
+        In a simulation with GPUs: the report then holds for each that the client may be put on.
 
     Raises
     ------
@@ -86,7 +105,10 @@ def device_report(
     """
     profile = _declared(node_config, settings.fleet)
     own = worker or Held(os.getpid(), 0)
-    device = _of_group(own, group) if group and group.size > 1 else _physical(own)
+    if group and group.size > 1:
+        device = _of_group(own, group)
+    else:
+        device = _placed(own, placement) if placement else _physical(own)
     memory, source, note = _budget(device, profile.memory_mib)
     return DeviceReport(
         client=_client_name(node_config, device.uuid, node_id),
@@ -131,6 +153,38 @@ def _physical(own: Held) -> _Device:
     if isinstance(gpu, NoGpu):
         return _Device("cpu", processor_name(), "", "", host_memory(), -1, "ram", gpu.reason)
     return _of_gpu(gpu, own.gpu_bytes)
+
+
+def _placed(own: Held, placement: Placement) -> _Device:
+    """The GPU under this process, with the memory and capability that all of them can give.
+
+    What is free is read of this one alone: of the others, their own clients hold a part.
+    """
+    here = _physical(own)
+    if here.accelerator == "cpu":
+        return here
+    environment = dict(os.environ)
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    if placement.visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = placement.visible
+    found = find_gpus(environment, own.pid)
+    others = [] if isinstance(found, NoGpu) else [_of_gpu(gpu, 0) for gpu in found]
+    usable = min(d.memory.total_bytes - d.memory.reserved_bytes for d in (here, *others))
+    capability = min(
+        (d.compute_capability for d in (here, *others)),
+        key=lambda text: [int(part) for part in text.split(".") if part],
+    )
+    here = replace(here, compute_capability=capability)
+    if placement.share >= 1 and usable == here.memory.total_bytes - here.memory.reserved_bytes:
+        return here
+    each = int(usable * min(placement.share, 1.0))
+    note = f"{placement.share:g} of the smallest of {max(len(others), 1)} GPUs of the simulation"
+    return replace(
+        here,
+        memory=Memory(each, min(each, here.memory.free_bytes)),
+        source="declared",
+        note=note,
+    )
 
 
 def _of_gpu(gpu: Gpu, own_bytes: int) -> _Device:

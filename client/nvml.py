@@ -103,8 +103,10 @@ def find_gpu(environment: Mapping[str, str], process: int) -> Gpu | NoGpu:
             pynvml.nvmlShutdown()
 
 
-def find_gpus(environment: Mapping[str, str], process: int, count: int) -> list[Gpu] | NoGpu:
-    """Measure the first ``count`` whole GPUs that CUDA would show; see :func:`find_gpu`."""
+def find_gpus(
+    environment: Mapping[str, str], process: int, count: int | None = None
+) -> list[Gpu] | NoGpu:
+    """Measure the first ``count`` whole GPUs that CUDA would show, or all; see :func:`find_gpu`."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -118,7 +120,7 @@ def find_gpus(environment: Mapping[str, str], process: int, count: int) -> list[
             pynvml.nvmlShutdown()
     first = find_gpu(environment, process)  # refuses what only CUDA's order decides
     order = visible_devices(environment.get("CUDA_VISIBLE_DEVICES"), uuids)
-    if isinstance(first, NoGpu) or len(order) < count:
+    if isinstance(first, NoGpu) or len(order) < (count or 1):
         reason = first.reason if isinstance(first, NoGpu) else f"{len(order)} GPUs are visible"
         return NoGpu(reason)
     found = []

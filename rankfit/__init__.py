@@ -8,6 +8,7 @@ is extended here.
 """
 
 import importlib
+import os
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -15,6 +16,10 @@ __version__ = "0.1.0"
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "configs").is_dir():
     __path__.append(str(_HERE.parent))
+
+# CUDA numbers GPUs fastest first where nothing is said, NVML and Ray by their PCI bus: an index is
+# to mean one GPU to all. It is read when CUDA is first used.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 #: Public names and the modules that define them; imported on first use, so that
 #: ``import rankfit`` costs no torch.

@@ -250,6 +250,36 @@ def test_unlike_gpus_in_pci_order(driver: Path, visible: str | None, uuid: str) 
     assert ask(driver, two_unlike() | chosen)["uuid"] == uuid
 
 
+@pytest.mark.parametrize("own", ["0", "1"])
+def test_a_simulated_clients_plan_holds_on_every_gpu_of_the_simulation(
+    driver: Path, own: str
+) -> None:
+    chosen = two_unlike() | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": own}
+    smallest = (15360 - 500) * MIB
+    whole = ask(driver, chosen, placement={"share": 1.0, "visible": None})
+    total, free, reserved = (
+        int(str(whole[f"{key}-bytes"])) for key in ("total", "free", "reserved")
+    )
+    assert min(total - reserved, free) == smallest
+    assert whole["compute-capability"] == "7.5"
+    assert whole["uuid"] == (A if own == "0" else B)
+    quarter = ask(driver, chosen, placement={"share": 0.25, "visible": None})
+    assert quarter["free-bytes"] == smallest // 4 and quarter["source"] == "declared"
+    assert "0.25 of the smallest of 2 GPUs" in str(quarter["note"])
+    if own == "0":  # the small one is not the simulation's
+        alone = ask(driver, chosen, placement={"share": 1.0, "visible": "0"})
+        assert alone["source"] == "nvml" and alone["free-bytes"] == 81000 * MIB
+
+
+def test_an_index_means_the_same_gpu_to_cuda_and_nvml() -> None:
+    import os
+
+    import rankfit
+
+    assert rankfit.__version__
+    assert os.environ["CUDA_DEVICE_ORDER"]
+
+
 def test_unlike_gpus_by_uuid(driver: Path) -> None:
     report = ask(driver, two_unlike() | {"CUDA_VISIBLE_DEVICES": B})
     assert report["name"] == "Tesla T4" and report["total-bytes"] == 15360 * MIB

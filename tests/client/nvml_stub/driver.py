@@ -20,7 +20,7 @@ MIB = 2**20
 _ASK = """
 import json, os, sys
 from rankfit.client.accelerate_config import DataParallel
-from rankfit.client.device import device_report
+from rankfit.client.device import Placement, device_report
 from rankfit.configs.settings import RunSettings, from_flat
 
 answers = []
@@ -37,6 +37,7 @@ for case in json.load(sys.stdin):
             node_id=77,
             samples=case["samples"],
             group=DataParallel(**case["group"]) if case["group"] else None,
+            placement=Placement(**case["placement"]) if case["placement"] else None,
         )
         answers.append(report.to_dict())
     except ValueError as error:
@@ -104,7 +105,8 @@ def ask_many(library: Path | None, cases: Sequence[Mapping[str, object]]) -> Ans
     if library is not None:
         inherited["LD_LIBRARY_PATH"] = str(library)
     whole = [
-        {"environment": {}, "node_config": {}, "settings": {}, "samples": -1, "group": {}}
+        {"environment": {}, "node_config": {}, "settings": {}, "samples": -1}
+        | {"group": {}, "placement": {}}
         | dict(case)
         for case in cases
     ]
@@ -129,6 +131,7 @@ def ask(
     settings: Mapping[str, object] | None = None,
     samples: int = -1,
     group: Mapping[str, object] | None = None,
+    placement: Mapping[str, object] | None = None,
 ) -> Asked:
     """One report from a fresh process; ``library`` is the folder of the stub, None for none."""
     case = {
@@ -137,5 +140,6 @@ def ask(
         "settings": dict(settings or {}),
         "samples": samples,
         "group": dict(group or {}),
+        "placement": dict(placement or {}),
     }
     return ask_many(library, [case]).reports[0]
