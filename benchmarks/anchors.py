@@ -21,12 +21,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.allocator import replay
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.components import real_batch, real_step
+from rankfit.estimator.components import real_step
 from rankfit.estimator.memory import Footprint
 from rankfit.estimator.meta_libraries import make_optimizer
 from rankfit.estimator.plan_search import Estimator
 from rankfit.estimator.recording import LiveMemory, Recorder
-from rankfit.estimator.step import build, run_steps
+from rankfit.estimator.step import build, filled_batch, run_steps
 from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.estimator.tracer import TraceCache
 
@@ -87,7 +87,7 @@ def live_peak(spec: StepSpec, rank: int) -> int:
     """Live bytes of two real training steps at their peak."""
     model = real_model(spec, rank)
     with LiveMemory().baseline(model) as live:
-        run_steps(spec, model, lambda: real_batch(spec))
+        run_steps(spec, model, lambda: filled_batch(spec))
     return live.peak
 
 
@@ -121,7 +121,7 @@ def mem_tracker(spec: StepSpec) -> int:
     tracker.track_external(model, optimizer)
     with tracker:
         for _ in range(2):
-            model(**real_batch(spec)).loss.backward()
+            model(**filled_batch(spec)).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     peak: int = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
@@ -134,7 +134,7 @@ def xmem_way(spec: StepSpec) -> int:
     recorder = Recorder(spec)
     recorder.baseline(model)
     with recorder:
-        run_steps(spec, model, lambda: real_batch(spec), recorder.enter)
+        run_steps(spec, model, lambda: filled_batch(spec), recorder.enter)
     sizes = [allocation.nbytes for allocation in recorder.allocations]
     events = [index if begins else -1 - index for index, begins, _ in recorder.events]
     return replay(sizes, events).reserved

@@ -33,11 +33,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from rankfit.client.host import processor_name
 from rankfit.configs.settings import from_flat
-from rankfit.estimator.components import real_batch
 from rankfit.estimator.depth import solve_deep
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.meta_libraries import make_optimizer
 from rankfit.estimator.plan_search import Estimator
+from rankfit.estimator.step import filled_batch
 from rankfit.estimator.step_spec import InputSpec
 from rankfit.estimator.trace import solve
 from rankfit.estimator.tracer import TraceCache
@@ -141,7 +141,7 @@ def profiled(name: str) -> float:
         for rank in ranks:
             model = anchors.real_model(spec, rank)
             optimizer = make_optimizer(spec, model)
-            batch = real_batch(spec)
+            batch = filled_batch(spec)
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
                 model(**batch).loss.backward()
                 optimizer.step()

@@ -34,11 +34,12 @@ from rich.table import Table
 
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.components import real_batch, real_step
+from rankfit.estimator.components import real_step
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.memory import Footprint
+from rankfit.estimator.meta_kernels import kernel_family
 from rankfit.estimator.plan_search import Estimate, Estimator
-from rankfit.estimator.step import run_steps
+from rankfit.estimator.step import filled_batch, run_steps
 from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.estimator.tracer import TraceCache
 
@@ -137,14 +138,15 @@ def estimator_of(case: Case) -> Estimator:
     return _estimator(replace(case, rank=0))
 
 
-def spec_of(case: Case) -> StepSpec:
-    """Step spec of a case, on GPU kernels."""
-    return replace(estimator_of(case).spec, accelerator="cuda")
+def spec_of(case: Case, capability: str) -> StepSpec:
+    """Step spec of a case on the kernels of a GPU."""
+    family = kernel_family(capability)
+    return replace(estimator_of(case).spec, accelerator="cuda", family=family)
 
 
 def predict(case: Case, capability: str) -> dict[str, int]:
     """Peaks in bytes that the estimator expects, CUDA context apart; needs no GPU."""
-    footprint = Footprint((TRACES(spec_of(case)),), Calibration.cuda(capability))
+    footprint = Footprint((TRACES(spec_of(case, capability)),), Calibration.cuda(capability))
     replayed = footprint.replays(case.rank)[0]
     return {
         "live": footprint.live(case.rank),
@@ -186,10 +188,12 @@ def measure(case: Case, *, steps: int = 0, cap_bytes: int | None = None) -> dict
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total))
     torch.cuda.reset_peak_memory_stats()
-    spec = spec_of(case)
+    spec = spec_of(case, hardware()["capability"])
     model = real_step(spec, dict.fromkeys(spec.targets, case.rank), device="cuda")
+    torch.cuda.empty_cache()  # tying frees weights, whose blocks the step would use again
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(max(1, -(-steps // 2))):
-        run_steps(spec, model, lambda: real_batch(spec, "cuda"))
+        run_steps(spec, model, lambda: filled_batch(spec, "cuda"))
     stats = torch.cuda.memory_stats()
     return {
         "live": stats["requested_bytes.all.peak"],

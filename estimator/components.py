@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rankfit.estimator.recording import LiveMemory
-from rankfit.estimator.step import Phase, build, empty_batch, run_steps
+from rankfit.estimator.step import Phase, build, filled_batch, run_steps
 from rankfit.estimator.step_spec import StepSpec
 
 
@@ -28,16 +28,6 @@ def real_step(
     return model
 
 
-def real_batch(spec: StepSpec, device: str = "cpu") -> dict[str, Tensor]:
-    """A batch of the spec's shapes; where texts may be padded, one is."""
-    batch = {name: tensor.zero_() for name, tensor in empty_batch(spec, device).items()}
-    if "attention_mask" in batch:
-        batch["attention_mask"][:] = 1
-        if spec.padded:
-            batch["attention_mask"][0, -3:] = 0
-    return batch
-
-
 def measure_components(
     spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
 ) -> dict[str, int]:
@@ -57,7 +47,7 @@ def measure_components(
             live.reset_peak()
 
     with LiveMemory().baseline(model) as live:
-        optimizer = run_steps(spec, model, lambda: real_batch(spec), enter)
+        optimizer = run_steps(spec, model, lambda: filled_batch(spec), enter)
     found["overhead"] = max(0, live.peak - found["overhead"])
     found["optimizer"] = sum(
         value.nbytes

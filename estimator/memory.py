@@ -323,8 +323,8 @@ class Footprint:
 
     def _resting_state(self, trace: Trace) -> NDArray[np.int64]:
         """Coefficients of that state: (variables,). Heads move in every phase: constants cancel."""
-        whole = [each.optimizer for each in self.traces if each.spec.moves == "both"]
-        kept = whole[0] if whole else np.sum([each.optimizer for each in self.traces], axis=0)
+        states = {each.spec.moves: each.optimizer for each in self.traces}
+        kept = states["both"] if "both" in states else np.sum(list(states.values()), axis=0)
         state: NDArray[np.int64] = kept - trace.optimizer
         state[0] = 0
         return state

@@ -1,15 +1,20 @@
 """The kernels of the traced device on meta tensors, and autocast there."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from rankfit.estimator.device_report import Accelerator
+
+Kernel = Literal["cudnn", "flash", "efficient", "math"]
 
 aten = torch.ops.aten
 #: The redirections are global to the process while they last.
@@ -20,16 +25,38 @@ MATMULS = frozenset({aten.addmm.default, aten.mm.default, aten.bmm.default, aten
 
 
 @contextmanager
-def kernels(accelerator: Accelerator) -> Iterator[None]:
-    """Redirect dropout and attention on meta tensors to the kernels of a device."""
-    with _LOCK, torch.library._scoped_library("aten", "IMPL") as library:
+def kernels(accelerator: Accelerator, family: str = "") -> Iterator[None]:
+    """Redirect dropout and attention on meta tensors to the kernels of a device.
+
+    Parameters
+    ----------
+    family : str
+        Of a GPU (:func:`kernel_family`).
+    """
+    with (
+        _LOCK,
+        torch.library._scoped_library("aten", "IMPL") as library,
+        ExitStack() as stack,
+    ):
         if accelerator == "cuda":
             library.impl("dropout", _dropout_cuda, "AutogradMeta")
-            library.impl("scaled_dot_product_attention", _attention_cuda, "AutogradMeta")
+            library.impl("softmax.int", _softmax_cuda, "AutogradMeta")
+            library.impl("_grouped_mm", _grouped_product, "Meta")
+            attention = partial(_attention_cuda, family)
+            library.impl("scaled_dot_product_attention", attention, "AutogradMeta")
+            stack.enter_context(_experts(family))
         else:
             library.impl("scaled_dot_product_attention", _attention_cpu, "AutogradMeta")
             library.impl("native_layer_norm", _layer_norm_cpu, "Meta")
+            library.impl("_grouped_mm", _grouped_product, "Meta")
         yield
+
+
+def _experts(family: str) -> AbstractContextManager[object]:
+    """Let mixtures of experts take the products that they take on a GPU older than grouped ones."""
+    if family != "7.5" or find_spec("transformers.integrations.moe") is None:
+        return nullcontext()
+    return patch("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
 
 
 def _layer_norm_cpu(
@@ -50,12 +77,139 @@ def _dropout_cuda(x: Tensor, p: float, train: bool) -> Tensor:
     return x if not train or p == 0 else torch.mul(x, torch.zeros((), device=x.device))
 
 
+def _softmax_cuda(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A GPU reads fp16 as it writes float32; all other types are cast before."""
+    if x.dtype == torch.float16 and dtype == torch.float32:
+        return aten._softmax.default(x, dim, True)  # type: ignore[no-any-return]
+    return aten._softmax.default(x if dtype is None else x.to(dtype), dim, False)  # type: ignore[no-any-return]
+
+
+def _grouped_product(
+    one: Tensor,
+    two: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Product of each expert's rows with its matrix, which torch's own refuses beside bf16.
+
+    Rows begin at multiples of 16 bytes.
+    """
+    shape: tuple[int, ...]
+    if one.dim() == 2 and two.dim() == 2:
+        assert offs is not None
+        shape = (offs.shape[0], one.shape[0], two.shape[1])
+    elif one.dim() == 2 or two.dim() == 2:
+        shape = (one.shape[-2], two.shape[-1])
+    else:
+        shape = (one.shape[0], one.shape[1], two.shape[2])
+    width = _up(shape[-1], 16 // one.element_size())
+    rows = one.new_empty((*shape[:-1], width), dtype=out_dtype)
+    return rows[..., : shape[-1]] if width != shape[-1] else rows
+
+
 def _math(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     result: Tensor = aten.scaled_dot_product_attention.default.decompose(q, k, v, *args, **kwargs)
     return result
 
 
+def kernel_family(compute_capability: str, torch_version: str = "") -> str:
+    """Least compute capability whose attention kernels are those of a GPU.
+
+    Parameters
+    ----------
+    compute_capability : str
+        "9.0"; "" = not known, taken for 8.0.
+    torch_version : str
+        Of the client; "" = that of this process.
+    """
+    if not compute_capability:
+        return "8.0"
+    major, minor = (int(part) for part in compute_capability.split("."))
+    if major < 8:
+        return "7.5"
+    if (major, 6) <= (8, minor) or major == 12:
+        return "8.6"
+    # From torch 2.9 on cuDNN's attention comes first on Hopper and on data-centre Blackwell.
+    found = re.match(r"(\d+)\.(\d+)", torch_version or torch.__version__)
+    newer = found is None or (int(found[1]), int(found[2])) >= (2, 9)
+    return f"{major}.0" if newer and major in (9, 10) else "8.0"
+
+
+def attention_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    enable_gqa: bool,
+    family: str,
+) -> Kernel:
+    """Kernel that torch takes on a GPU (``select_sdp_backend`` in its ``cuda/sdp_utils.cpp``).
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        (batch, heads, length, width); of k and v the heads may be fewer.
+    mask : Tensor, optional
+        Additive or boolean.
+    family : str
+        Of the GPU (:func:`kernel_family`).
+    """
+    if {q.dim(), k.dim(), v.dim()} != {4} or 0 in (q.shape[2], k.shape[2]):
+        return "math"
+    if len({q.shape[0], k.shape[0], v.shape[0]}) > 1:
+        return "math"
+    if mask is not None and mask.stride(-1) != 1:
+        return "math"
+    tensors, width = (q, k, v), q.shape[-1]
+    trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    dense = all(each.stride(-1) == 1 for each in tensors)
+    low = q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and family != "7.5")
+    equal = q.shape[1] == k.shape[1] == v.shape[1]
+    grouped = enable_gqa and k.shape[1] == v.shape[1] and q.shape[1] % k.shape[1] == 0
+    heads = grouped if enable_gqa else equal
+    fused = low and heads and (dense or width == 1) and family != "7.5"
+    if fused and family in ("9.0", "10.0") and _cudnn(q, k, v, mask, dropout, family):
+        return "cudnn"
+    if fused and mask is None and width == k.shape[-1] == v.shape[-1] <= 256:
+        backward = width <= 192 or (width > 224 and not dropout)
+        square = not causal or q.shape[2] == k.shape[2]
+        if square and (backward or not trains or family != "8.6"):
+            return "flash"
+    step = 16 // q.element_size() if family != "7.5" or q.element_size() == 2 else 1
+    aligned = width == k.shape[-1] and not width % step and not v.shape[-1] % step
+    if equal and dense and aligned and (low or q.dtype == torch.float32):
+        return "efficient"
+    return "math"
+
+
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, family: str
+) -> bool:
+    """Whether cuDNN's attention takes these shapes."""
+    length, keys, width, out = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+    most = 256 if family == "9.0" else 128
+    if max(width, out) > most and (width, out) != (192, 128):
+        return False
+    if width % 8 or out % 8 or keys == 1 or (dropout and length == 1):
+        return False
+    if (dropout * 16) % 1:
+        return False
+    return mask is None or _fits(mask, q, k)
+
+
+def _fits(mask: Tensor, q: Tensor, k: Tensor) -> bool:
+    """Whether a mask without gradient is (length, keys) or (batch, heads, …), each whole or 1."""
+    if mask.requires_grad or mask.dim() not in (2, 4):
+        return False
+    shape = (*q.shape[:3], k.shape[2])[-mask.dim() :]
+    return all(own in (1, whole) for own, whole in zip(mask.shape, shape, strict=True))
+
+
 def _attention_cuda(
+    family: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -66,22 +220,33 @@ def _attention_cuda(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Flash for half precision without a mask, memory-efficient otherwise (torch's order)."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if half and attn_mask is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    """Attention by the kernel that torch takes."""
+    kernel = attention_kernel(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, family)
+    if kernel == "math":
+        return _math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if kernel == "flash":
+        width, short = q.shape[-1], -q.shape[-1] % 8
+        if short:
+            q, k, v = (torch.nn.functional.pad(each, (0, short)) for each in (q, k, v))
         result = aten._scaled_dot_product_flash_attention.default(
             q, k, v, dropout_p, is_causal, False, scale=scale
         )
-    elif not enable_gqa and (attn_mask is None or not attn_mask.requires_grad):
-        saves = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        out: Tensor = result[0][..., :width] if short else result[0]
+        return out
+    saves = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if kernel == "cudnn":
+        bias = attn_mask
+        if bias is not None and bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(bias.logical_not(), -1e4)
+        result = aten._scaled_dot_product_cudnn_attention.default(
+            q, k, v, bias, saves, dropout_p, is_causal, False, scale=scale
+        )
+    else:
         bias = None if attn_mask is None else _bias(attn_mask, q, k)
         result = aten._scaled_dot_product_efficient_attention.default(
             q, k, v, bias, saves, dropout_p, is_causal, scale=scale
         )
-    else:
-        return _math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    out: Tensor = result[0]
-    return out
+    return result[0]  # type: ignore[no-any-return]
 
 
 def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -92,6 +257,22 @@ def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if short:
         mask = torch.nn.functional.pad(mask, (0, short))[..., : k.shape[-2]]
     return mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+
+
+def cpu_attention_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, enable_gqa: bool
+) -> Kernel:
+    """Kernel that torch takes on a CPU (its ``sdp_utils_cpp.cpp``)."""
+    tensors = (q, k, v)
+    if dropout > 0 or {each.dim() for each in tensors} != {4}:
+        return "math"
+    same = len({(each.shape[0], each.shape[3]) for each in tensors}) == 1
+    if not same or any(each.stride(-1) != 1 or not each.shape[2] for each in tensors):
+        return "math"
+    grouped = enable_gqa and k.shape[1] == v.shape[1] and q.shape[1] % k.shape[1] == 0
+    if not grouped and not q.shape[1] == k.shape[1] == v.shape[1]:
+        return "math"
+    return "flash" if mask is None or _fits(mask, q, k) else "math"
 
 
 def _attention_cpu(
@@ -105,8 +286,8 @@ def _attention_cpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Flash for CPU where torch takes it (no dropout), the composite otherwise."""
-    if dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad):
+    """Attention by the kernel that torch takes."""
+    if cpu_attention_kernel(q, k, v, attn_mask, dropout_p, enable_gqa) == "math":
         return _math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(
@@ -122,24 +303,59 @@ def _up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _flash_scratch(args: tuple[Any, ...]) -> int:
-    """Accumulator of dq and row sums: B·H·⌈S⌉128·⌈D⌉32·4 + B·H·⌈S⌉128·4 bytes."""
+def _flash_scratch(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Row sums, accumulator of dq; with grouped heads dk and dv for every head of q."""
     batch, heads, length, width = args[1].shape
     rows = int(batch * heads * _up(length, 128))
-    return rows * _up(width, 32) * 4 + rows * 4
+    grouped = 0
+    if args[2].shape[1] != heads:
+        grouped = batch * heads * args[2].shape[2] * width * args[1].element_size()
+    return rows * 4, rows * _up(width, 32) * 4, grouped, grouped
 
 
-def _efficient_scratch(args: tuple[Any, ...]) -> int:
-    """Row sums delta: B·H·S·4 bytes; in full precision also the product that is summed."""
+def _efficient_scratch(family: str, args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Row sums and workspace; in float32 first the product that is summed."""
+    batch, heads, length, width = args[1].shape
+    keys, out, size = args[2].shape[2], args[3].shape[3], args[1].element_size()
+    sums = int(batch * heads * length) * 4
+    # Blocks of queries × keys of the kernels for such a width.
+    large = family not in ("7.5", "8.6")
+    rows, columns = (64, 64) if width <= 64 or family == "7.5" else (128, 64)
+    if width > 96:
+        rows, columns = (128, 128) if large else (64, 64)
+    dq = -(-length // rows) * -(-width // columns) * (rows * columns * 4 + 16)
+    dk = _up(keys, columns) * (_up(width, rows) + _up(out, rows)) * 4
+    workspace = batch * heads * (dq + (dk if size == 2 and width > 128 else 0))
+    product = sums * out if size == 4 else 0
+    return sums, max(product + sums, workspace)
+
+
+def _cudnn_scratch(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Workspace of cuDNN's backward pass: accumulator of dq, and row sums."""
     batch, heads, length, width = args[1].shape
     rows = int(batch * heads * length)
-    return rows * 4 * (1 + width if args[1].dtype == torch.float32 else 1)
+    return (rows * (width + 1) * 4,)
 
 
-#: Bytes that a kernel takes and gives back inside one call (from the kernels' sources).
-SCRATCH: dict[Any, Callable[[tuple[Any, ...]], int]] = {
+def _softmax_scratch(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """The product of gradient and output."""
+    return (args[0].nbytes,)
+
+
+def scratch(func: Any, args: tuple[Any, ...], family: str) -> tuple[int, ...]:
+    """Bytes that a GPU's kernel takes and gives back inside one call (from the kernels' sources).
+
+    Each is a block of its own.
+    """
+    if func is aten._scaled_dot_product_efficient_attention_backward.default:
+        return _efficient_scratch(family, args)
+    return SCRATCH[func](args) if func in SCRATCH else ()
+
+
+SCRATCH: dict[Any, Callable[[tuple[Any, ...]], tuple[int, ...]]] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_scratch,
-    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_scratch,
+    aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_scratch,
+    aten._softmax_backward_data.default: _softmax_scratch,
 }
 
 

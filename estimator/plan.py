@@ -9,7 +9,7 @@ from rankfit.adapters.rates import Rates
 
 #: What a client does beside plain training: ``prune`` its own rank (HetLoRA), measure ``scores``.
 Extra = Literal["prune", "scores"]
-Binding = Literal["memory", "upload", "download", "time", "cap", "method"]
+Binding = Literal["memory", "upload", "download", "time", "cap", "method", "precision"]
 Value = str | int | float | bool | list[str] | list[int]
 
 

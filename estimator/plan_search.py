@@ -12,6 +12,7 @@ from rankfit.configs.settings import ConfigError, RunSettings, split_list
 from rankfit.estimator.calibration import Calibration, Profile
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.memory import Footprint, tail_ranks
+from rankfit.estimator.meta_kernels import kernel_family
 from rankfit.estimator.network import Payload
 from rankfit.estimator.plan import Binding, Plan
 from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical, inputs_of
@@ -129,7 +130,7 @@ class NothingFits:
     Attributes
     ----------
     binding : str
-        The constraint that leaves nothing: memory, upload, download or time.
+        The constraint that leaves nothing: memory, upload, download, time or precision.
     needs_bytes, budget_bytes : int
         Least memory that any allowed step needs (0 when memory is not the reason), and what the
         device has.
@@ -163,6 +164,22 @@ def too_slow(
         f"{mbps:g} Mbps; plan.{slow}-seconds allows {seconds:g}"
     )
     return NothingFits(report.client, slow, reason, 0, report.budget_bytes)
+
+
+def lacks_bf16(report: DeviceReport) -> bool:
+    """Whether a device is a GPU older than those with bf16 arithmetic (compute capability 8.0)."""
+    major = report.compute_capability.partition(".")[0]
+    return report.accelerator == "cuda" and major.isdigit() and int(major) < 8
+
+
+def no_bf16(report: DeviceReport, settings: RunSettings) -> NothingFits:
+    """A GPU without bf16, in a run whose base or autocast is bf16."""
+    setting = "train.autocast" if settings.train.autocast == "bf16" else "model.precision"
+    reason = (
+        f"{report.name or 'this GPU'} has compute capability {report.compute_capability} and no "
+        f"bf16, which begins at 8.0; set {setting} to fp16"
+    )
+    return NothingFits(report.client, "precision", reason, 0, report.budget_bytes)
 
 
 def too_large(
@@ -257,13 +274,19 @@ class Estimator:
         self._whole: dict[tuple[str, Step, bool, Calibration], Footprint] = {}
 
     def steps_on(self, report: DeviceReport) -> list[Step]:
-        """Steps of the search on a device, in their order; ``steps`` are those of one process."""
+        """Steps of the search on a device, in their order; ``steps`` are those of one process.
+
+        None in bf16 on a GPU that has no such numbers.
+        """
         size = report.group_size
         if size not in self._group_steps:
             self._group_steps[size] = steps(
                 self.settings, can_checkpoint=self._can_checkpoint, group_size=size
             )
-        return self._group_steps[size]
+        ways = self._group_steps[size]
+        if not lacks_bf16(report):
+            return ways
+        return [step for step in ways if step.precision != "bf16"]
 
     @classmethod
     def for_run(
@@ -371,6 +394,8 @@ class Estimator:
         tail = settings.method.tail and (download is None or download >= cap)
         late: Step | None = None
         ways = self.steps_on(report)
+        if not ways or (settings.train.autocast == "bf16" and lacks_bf16(report)):
+            return no_bf16(report, settings)
         for position, step in enumerate(ways):
             time = self.time_bound(step, pace)
             if time is not None and time < least:
@@ -453,7 +478,9 @@ class Estimator:
     ) -> Footprint:
         """Memory model of a step on a device; modules without a rank are left without adapter."""
         terms = self.profile.calibration(report) if calibration is None else calibration
-        whole = (report.accelerator, step, tail, terms)
+        on_gpu = report.accelerator == "cuda"
+        family = kernel_family(report.compute_capability) if on_gpu else ""
+        whole = (report.accelerator + family, step, tail, terms)
         if ranks is None and whole in self._whole:
             return self._whole[whole]
         model = self.settings.model.at(step.precision)
@@ -461,6 +488,7 @@ class Estimator:
         base = replace(
             self.spec,
             accelerator=report.accelerator,
+            family=family,
             targets=targets,
             micro_batch=step.micro_batch,
             accumulates=step.accumulation > 1,
@@ -471,7 +499,11 @@ class Estimator:
         )
         key = (base, terms)
         if key not in self._footprints:
-            traces = tuple(self.traces(replace(base, moves=moves)) for moves in self.phases)
+            traces = tuple(
+                self.traces(replace(base, moves=moves, padded=padded))
+                for moves in self.phases
+                for padded in paddings(base)
+            )
             self._footprints[key] = Footprint(traces, terms)
         if ranks is None:
             self._whole[whole] = self._footprints[key]
@@ -526,6 +558,13 @@ class Estimator:
             tail_rank=total if tail else 0,
             precision=step.precision,
         )
+
+
+def paddings(spec: StepSpec) -> tuple[bool, ...]:
+    """What batches may be: on a GPU another attention kernel runs where none holds padding."""
+    texts = any(item.name == "attention_mask" for item in spec.inputs)
+    both = spec.accelerator == "cuda" and spec.attention == "sdpa" and texts and spec.padded
+    return (True, False) if both else (spec.padded,)
 
 
 def _check_ranks(ranks: Mapping[str, int], targets: Sequence[str]) -> None:

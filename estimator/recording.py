@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rankfit.configs.settings import ConfigError
-from rankfit.estimator.meta_kernels import MATMULS, SCRATCH, aten, autocast_on_meta, kernels
-from rankfit.estimator.step import Phase, build, empty_batch, run_steps
+from rankfit.estimator.meta_kernels import MATMULS, aten, autocast_on_meta, kernels, scratch
+from rankfit.estimator.step import Phase, build, empty_batch, filled_batch, run_steps
 from rankfit.estimator.step_spec import StepSpec
 
 ALL_DEVICES = frozenset({"cpu", "meta", "cuda"})
@@ -151,6 +153,17 @@ IN_PLACE = frozenset(
 )  # fmt: skip
 
 
+#: Operators that make data out of numbers.
+FACTORIES = frozenset(
+    {
+        aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default,
+        aten.ones.default, aten.zeros.default, aten.scalar_tensor.default,
+    }
+)  # fmt: skip
+#: Numbers in a tensor whose data are followed, at most.
+KNOWN_NUMBERS = 2**22
+
+
 @dataclass(frozen=True)
 class Allocation:
     """One storage: who asked for it, its bytes, its shape; ``term`` if a calibration sizes it."""
@@ -179,6 +192,58 @@ class Recording:
     state: list[int]
 
 
+class KnownValues:
+    """Data of those meta tensors that follow from the batch alone, computed on the CPU beside.
+
+    A model reads some of them to decide what it runs: whether a batch is padded, how many of its
+    tokens attend globally. What depends on weights is not known.
+    """
+
+    def __init__(self) -> None:
+        self._data: Any = WeakIdKeyDictionary()
+
+    def set(self, tensor: torch.Tensor, data: torch.Tensor) -> None:
+        """Know a tensor's data."""
+        self._data[tensor] = data
+
+    def get(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Data of a tensor; None = not known."""
+        found: torch.Tensor | None = self._data.get(tensor)
+        return found
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Compute an operator on known data; None where not all of it is known."""
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        if not given and func not in FACTORIES:
+            return None
+        if any(each.device.type == "meta" and self.get(each) is None for each in given):
+            return None
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return None
+
+        def host(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                return self.get(value)
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        try:
+            return func(*tree_map(host, args), **tree_map(host, dict(kwargs)))
+        except (NotImplementedError, RuntimeError):
+            return None  # no CPU kernel, or none for this type
+
+    def keep(self, func: Any, args: tuple[Any, ...], result: Any, data: Any) -> None:
+        """Know the results of an operator, or no longer know what it wrote into."""
+        if data is None:
+            if func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
+                self._data.pop(args[0], None)
+            return
+        for tensor, own in zip(tree_leaves(result), tree_leaves(data), strict=True):
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
+                continue
+            if tensor.shape == own.shape and own.numel() <= KNOWN_NUMBERS:
+                self._data[tensor] = own
+
+
 class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
     """Live memory that remembers; also answers for the data that meta tensors do not have."""
 
@@ -194,6 +259,15 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
         self._index: dict[int, int] = {}
         self._operator = ""
         self._threads: set[bool] = set()
+        self._known = KnownValues()
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Make the next batch; its data are known."""
+        batch = empty_batch(self.spec)
+        with _disable_current_modes():  # what is known is no part of the step
+            for name, data in filled_batch(self.spec).items():
+                self._known.set(batch[name], data)
+        return batch
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase."""
@@ -212,19 +286,31 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
             return self._value(args[0])
+        operator, known = func, self._known.follow(func, args, kwargs or {})
+        if func is aten.nonzero.default and known is not None:
+            func, args = aten.empty.memory_format, (list(known.shape),)
+            kwargs = {"dtype": known.dtype, "device": torch.device("meta")}
         self._operator = str(func)
         backward = self.phase == "backward"  # in torch's own thread; all else in one
         if self.spec.accelerator == "cuda" and func in MATMULS and backward not in self._threads:
             self._threads.add(backward)
             self._begin(Allocation(str(func), 1, (), WORKSPACE))
-        if self.phase == "optimizer" and func in IN_PLACE and args[0].device.type == "meta":
+        written = self.phase == "optimizer" and func in IN_PLACE
+        if written and args[0].device.type == "meta":
             return args[0]
         other = args[1] if func in ELEMENTWISE else 1.0
         if (func in ELEMENTWISE or func in UNARY) and _alike(args[0], other):
             func, args, kwargs = torch.empty_like, (args[0],), None
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.spec.accelerator == "cuda" and func in SCRATCH:
-            self._end(self._begin(Allocation(str(func), SCRATCH[func](args), (), SCRATCHPAD)))
+        self._known.keep(operator, args, result, known)
+        if self.spec.accelerator == "cuda" and (inside := scratch(func, args, self.spec.family)):
+            taken = [
+                self._begin(Allocation(str(func), nbytes, (), SCRATCHPAD))
+                for nbytes in inside
+                if nbytes
+            ]
+            for index in reversed(taken):
+                self._end(index)
         return result
 
     def allocated(self, storage: int, tensor: torch.Tensor, nbytes: int) -> None:
@@ -246,7 +332,10 @@ class Recorder(LiveMemory):  # type: ignore[no-untyped-call]
         self.events.append((index, False, self.phase))
 
     def _value(self, scalar: torch.Tensor) -> bool | float:
-        """Answer ``mask.all()``: True when no batch holds padding. An optimizer may read norms."""
+        """Answer what a model reads: what is known, else as ``mask.all()``; and norms."""
+        known = self._known.get(scalar)
+        if known is not None:
+            return known.item()
         if self.phase == "optimizer":
             return 0.0
         if scalar.dtype != torch.bool:
@@ -290,8 +379,8 @@ def record(
     recorder.baseline(model)
     trained = [recorder.index(p) for p in model.parameters() if p.requires_grad]
     try:
-        with collector_paused(), kernels(spec.accelerator), _casts(spec), recorder:
-            optimizer = run_steps(spec, model, lambda: empty_batch(spec), recorder.enter)
+        with collector_paused(), kernels(spec.accelerator, spec.family), _casts(spec), recorder:
+            optimizer = run_steps(spec, model, recorder.batch, recorder.enter)
     except (NotImplementedError, RuntimeError) as error:
         if not isinstance(error, NotImplementedError) and "fake impl" not in str(error):
             raise

@@ -78,6 +78,16 @@ def empty_batch(spec: StepSpec, device: str = "meta") -> dict[str, Tensor]:
     }
 
 
+def filled_batch(spec: StepSpec, device: str = "cpu") -> dict[str, Tensor]:
+    """A batch of zeros; where texts may be padded, one is."""
+    batch = {name: tensor.zero_() for name, tensor in empty_batch(spec, device).items()}
+    if "attention_mask" in batch:
+        batch["attention_mask"][:] = 1
+        if spec.padded:
+            batch["attention_mask"][0, -3:] = 0
+    return batch
+
+
 def _type_of(spec: StepSpec, item: InputSpec) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, item.dtype)
     if not dtype.is_floating_point or item.name == "labels":

@@ -70,6 +70,9 @@ class StepSpec:
         Batch without its first dimension, labels included.
     micro_batch : int
         Samples per forward pass.
+    family : str
+        Of a GPU's attention kernels; "" on a CPU. See
+        :func:`~rankfit.estimator.meta_kernels.kernel_family`.
     accumulates : bool
         More than one forward pass per optimizer step: gradients outlive a pass.
     dropout : float
@@ -94,6 +97,7 @@ class StepSpec:
     targets: tuple[str, ...]
     inputs: tuple[InputSpec, ...]
     micro_batch: int
+    family: str = ""
     heads: tuple[str, ...] = ()
     attention: str = "sdpa"
     precision: Precision = "fp32"

@@ -86,8 +86,8 @@ def work_of(spec: StepSpec) -> Work:
         As :func:`~rankfit.estimator.recording.record`.
     """
     # FLOPs are alike on all devices; the kernels of a GPU are those that the counter knows.
-    spec = replace(spec, accelerator="cuda", micro_batch=2, accumulates=False, tail=False)
-    spec = replace(spec, quantization="none", autocast="none")
+    spec = replace(spec, accelerator="cuda", family="8.0", quantization="none", autocast="none")
+    spec = replace(spec, micro_batch=2, accumulates=False, tail=False)
     one, two = (_flops(spec, rank) for rank in (1, 2))
     return Work(one - (two - one), two - one)
 
@@ -109,6 +109,6 @@ def _flops(spec: StepSpec, rank: int) -> float:
 def _count(spec: StepSpec, rank: int) -> float:
     model = build(spec, dict.fromkeys(spec.targets, rank))
     counter = FlopCounterMode(display=False)
-    with kernels(spec.accelerator), Recorder(spec), counter:
+    with kernels(spec.accelerator, spec.family), Recorder(spec), counter:
         run_steps(spec, model, lambda: empty_batch(spec))
     return counter.get_total_flops() / (STEPS * PASSES[spec.accumulates] * spec.micro_batch)

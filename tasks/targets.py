@@ -20,6 +20,8 @@ _QUERY_VALUE = (
     ("query_proj", "value_proj"),
     ("q_lin", "v_lin"),
     ("q", "v"),
+    ("q_b_proj", "kv_b_proj"),
+    ("q_proj", "kv_b_proj"),
     ("qkv_proj",),
     ("query_key_value",),
     ("Wqkv",),
@@ -27,6 +29,9 @@ _QUERY_VALUE = (
     ("in_proj",),
     ("c_attn",),
 )
+#: Input projections of layers without attention, in the same order (Mamba). Its output projection
+#: takes no adapter: the fused kernels read its weight.
+_INPUTS = (("in_proj", "x_proj"), ("in_proj",))
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | Conv1D]:
@@ -57,11 +62,21 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     """
     if model.get_output_embeddings() is not None:
         return ()
+    body = _body(model)
     return tuple(
         name
         for name, module in model.named_children()
-        if name != model.base_model_prefix and next(module.parameters(), None) is not None
+        if name != body and next(module.parameters(), None) is not None
     )
+
+
+def _body(model: PreTrainedModel) -> str:
+    """Name of the child that is pretrained; CLIP's image classifiers have it under another name."""
+    children = dict(model.named_children())
+    if model.base_model_prefix in children:
+        return model.base_model_prefix
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in children.items()}
+    return max(sizes, key=lambda name: sizes[name], default="")
 
 
 def whole_modules(model: PreTrainedModel, head: Head) -> tuple[str, ...]:
@@ -147,9 +162,10 @@ def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
 
 def _query_value(linear: Sequence[str]) -> list[str]:
     in_attention = [name for name in linear if "att" in name.lower()]
-    for ends in _QUERY_VALUE:
-        if all(any(_ends_with(name, end) for name in in_attention) for end in ends):
-            return [name for name in in_attention if any(_ends_with(name, end) for end in ends)]
+    names, known = (in_attention, _QUERY_VALUE) if in_attention else (linear, _INPUTS)
+    for ends in known:
+        if all(any(_ends_with(name, end) for name in names) for end in ends):
+            return [name for name in names if any(_ends_with(name, end) for end in ends)]
     return []
 
 

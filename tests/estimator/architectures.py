@@ -70,7 +70,9 @@ def _deberta() -> PreTrainedConfig:
 
 
 #: transformers offers these no fused attention.
-EAGER_ONLY = ("deberta-v2", "gemma2")
+EAGER_ONLY = (
+    "deberta-v2", "gemma2", "gpt-oss", "longformer", "mamba", "mamba2", "bloom", "mpt", "gpt-j",
+)  # fmt: skip
 
 #: Name → (task kind, config).
 ARCHITECTURES: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
@@ -93,6 +95,101 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
 }
 
 
+_EQUAL_HEADS = {k: v for k, v in _DECODER.items() if k not in ("head_dim", "num_key_value_heads")}
+_NO_WIDTH = {k: v for k, v in _DECODER.items() if k != "head_dim"}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_PAIR = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "vocab_size": 101, "max_position_embeddings": 40,
+}  # fmt: skip
+_PROJECTED = {"projection_dim": 32}
+
+
+def _falcon(**changes: Any) -> PreTrainedConfig:
+    """One head of keys and values for all queries, unless told otherwise."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return hf.FalconConfig(**(sizes | {"vocab_size": 101, "multi_query": True} | changes))
+
+
+def _deepseek(**changes: Any) -> PreTrainedConfig:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    groups = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    sizes = _EQUAL_HEADS | {"num_key_value_heads": 4, "qk_nope_head_dim": 8}
+    return hf.DeepseekV3Config(**(sizes | experts | groups | latent | changes))
+
+
+#: Further ones, in the same form: mixtures of experts, one head of keys for all, attention in
+#: windows, image halves of image and text models, latent attention, and no attention at all.
+FURTHER: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
+    "qwen3-moe": (
+        CAUSAL,
+        lambda: hf.Qwen3MoeConfig(
+            **_DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        ),
+    ),
+    "mixtral": (CAUSAL, lambda: hf.MixtralConfig(**_DECODER, **_EXPERTS)),
+    "gpt-oss": (CAUSAL, lambda: hf.GptOssConfig(**_DECODER, **_EXPERTS, sliding_window=8)),
+    "olmoe": (CAUSAL, lambda: hf.OlmoeConfig(**_NO_WIDTH, num_experts=4, num_experts_per_tok=2)),
+    "granite-moe": (CAUSAL, lambda: hf.GraniteMoeConfig(**_NO_WIDTH, **_EXPERTS)),
+    "falcon": (CAUSAL, _falcon),
+    "falcon-alibi": (CAUSAL, lambda: _falcon(multi_query=False, alibi=True)),
+    "longformer": (
+        TEXT,
+        lambda: hf.LongformerConfig(
+            **(_TEXT | {"max_position_embeddings": 60}), attention_window=8, pad_token_id=1
+        ),
+    ),
+    "clip": (
+        IMAGE,
+        lambda: hf.CLIPConfig(vision_config=_VISION | _PROJECTED, text_config=_TEXT | _PROJECTED),
+    ),
+    "siglip": (IMAGE, lambda: hf.SiglipConfig(vision_config=_VISION, text_config=_TEXT)),
+    "deepseek-v3": (CAUSAL, _deepseek),
+    "deepseek-v3-direct": (CAUSAL, lambda: _deepseek(q_lora_rank=None)),
+    "mamba": (
+        CAUSAL,
+        lambda: hf.MambaConfig(
+            hidden_size=32, num_hidden_layers=2, vocab_size=101, state_size=8, time_step_rank=4
+        ),
+    ),
+    "mamba2": (
+        CAUSAL,
+        lambda: hf.Mamba2Config(
+            hidden_size=32, num_hidden_layers=2, vocab_size=101, state_size=8, num_heads=4,
+            head_dim=16, n_groups=1, chunk_size=8,
+        ),
+    ),
+    "bart": (SEQ2SEQ, lambda: hf.BartConfig(**_PAIR)),
+    "pegasus": (SEQ2SEQ, lambda: hf.PegasusConfig(**_PAIR)),
+    "bloom": (CAUSAL, lambda: hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=101)),
+    "mpt": (
+        CAUSAL,
+        lambda: hf.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=101, max_seq_len=40),
+    ),
+    "gpt-neox": (CAUSAL, lambda: hf.GPTNeoXConfig(**_TEXT)),
+    "gpt-j": (
+        CAUSAL,
+        lambda: hf.GPTJConfig(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=101, n_positions=40, rotary_dim=4
+        ),
+    ),
+    "stablelm": (CAUSAL, lambda: hf.StableLmConfig(**_NO_WIDTH)),
+    "phi3": (CAUSAL, lambda: hf.Phi3Config(**_NO_WIDTH)),
+    "starcoder2": (CAUSAL, lambda: hf.Starcoder2Config(**_NO_WIDTH)),
+    "cohere": (CAUSAL, lambda: hf.CohereConfig(**_NO_WIDTH)),
+    "glm": (CAUSAL, lambda: hf.GlmConfig(**_DECODER)),
+    "modernbert": (
+        TEXT,
+        lambda: hf.ModernBertConfig(
+            **_TEXT, pad_token_id=0, global_attn_every_n_layers=2, local_attention=8
+        ),
+    ),
+    "electra": (TEXT, lambda: hf.ElectraConfig(**_TEXT, embedding_size=32)),
+}  # fmt: skip
+
+
 def architecture_inputs(kind: str, *, image: int = 16, length: int = 16) -> tuple[InputSpec, ...]:
     """Batch of a task kind, one sample."""
     label = InputSpec("labels", (length,) if kind in (CAUSAL, SEQ2SEQ) else (), "int64")
@@ -104,7 +201,7 @@ def architecture_inputs(kind: str, *, image: int = 16, length: int = 16) -> tupl
 
 def architecture_spec(name: str, *, head: bool = True, **changes: Any) -> StepSpec:
     """Spec of a step of an architecture on its default targets."""
-    kind, make = ARCHITECTURES[name]
+    kind, make = (ARCHITECTURES | FURTHER)[name]
     config = make()
     if kind in (IMAGE, TEXT):
         for key, value in CLASSES.items():

@@ -6,10 +6,10 @@ from typing import Any
 from transformers import BertConfig, PreTrainedConfig, ViTConfig
 
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.components import real_batch, real_step
+from rankfit.estimator.components import real_step
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.recording import WORKSPACE, LiveMemory, record
-from rankfit.estimator.step import run_steps
+from rankfit.estimator.step import filled_batch, run_steps
 from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical
 from rankfit.tasks import base_model as models
 
@@ -101,7 +101,7 @@ def real_peak(
     """Peak of live bytes of the same step on real CPU tensors."""
     model = real_step(spec, ranks, tail_ranks)
     with LiveMemory(cap_bytes=cap_bytes).baseline(model) as live:
-        run_steps(spec, model, lambda: real_batch(spec))
+        run_steps(spec, model, lambda: filled_batch(spec))
     return live.peak
 
 

@@ -47,7 +47,7 @@ def test_every_kind_of_step_is_predicted(changes: dict[str, str]):
 def test_what_is_predicted_is_what_a_plan_would_rest_on():
     predicted = gpu_memory.predict(CASE, "9.0")
     assert predicted["live"] <= predicted["blocks"] <= predicted["reserved"]
-    spec = gpu_memory.spec_of(CASE)
+    spec = gpu_memory.spec_of(CASE, "9.0")
     trace = gpu_memory.TRACES(spec)
     assert predicted["live"] == trace.peak_live(8, calibration=Calibration.cuda("9.0"))
     more = gpu_memory.predict(replace(CASE, rank=128), "9.0")
@@ -55,7 +55,8 @@ def test_what_is_predicted_is_what_a_plan_would_rest_on():
 
 
 def test_the_rank_above_the_slack_is_the_first_that_cannot_live():
-    footprint = Footprint((gpu_memory.TRACES(gpu_memory.spec_of(CASE)),), Calibration.cuda("9.0"))
+    spec = gpu_memory.spec_of(CASE, "9.0")
+    footprint = Footprint((gpu_memory.TRACES(spec),), Calibration.cuda("9.0"))
     cap = footprint.live(20)
     assert gpu_memory.slack_rank(footprint, cap, 256) == 21
     assert gpu_memory.slack_rank(footprint, footprint.live(256), 256) is None

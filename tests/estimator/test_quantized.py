@@ -14,11 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rankfit.adapters.names import Moves
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.components import real_batch
 from rankfit.estimator.depth import solve_deep
 from rankfit.estimator.plan_search import Estimator
 from rankfit.estimator.recording import LiveMemory
-from rankfit.estimator.step import run_steps
+from rankfit.estimator.step import filled_batch, run_steps
 from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.estimator.trace import solve
 from rankfit.estimator.tracer import TraceCache
@@ -84,7 +83,7 @@ def test_live_bytes_equal_a_step_of_bitsandbytes(name: str, kind: str, step: str
     spec = architecture_spec(name, quantization=kind, **changes)
     model = quantised(spec, tmp_path)
     with LiveMemory().baseline(model).count(hidden(model)) as live:
-        run_steps(spec, model, lambda: real_batch(spec))
+        run_steps(spec, model, lambda: filled_batch(spec))
     assert abs(TRACES(spec).peak_live(uneven(spec.targets)) - live.peak) <= 256
 
 
