@@ -30,18 +30,24 @@ def test_cuda_and_nvml_tell_of_the_same_device():
     )  # the other test process trains too
 
 
-def test_processes_compete_for_one_device_and_it_is_free_when_they_end(on, tmp_path):
-    hold = (
-        "import os, subprocess, sys, torch\n"
-        "held = torch.empty(1000 * 2**20, dtype=torch.uint8, device='cuda')\n"
-        "if len(sys.argv) == 1 and 'SECOND' not in os.environ:\n"
-        "    other = subprocess.run([sys.executable, '-c', os.environ['HOLD']],\n"
-        "                           env={**os.environ, 'SECOND': '1'}, capture_output=True)\n"
-        "    print('out of memory' in other.stderr.decode(), torch.cuda.mem_get_info()[0] >> 20)\n"
-    )
-    said = on(hold, Gpu(2400, reserved_mib=0), HOLD=hold)
-    assert said.split() == ["True", str(2400 - 470 - 1000)]
-    assert on("import torch; print(torch.cuda.mem_get_info()[0] >> 20)", Gpu(2400, reserved_mib=0))
+ALLOCATES = """
+import ctypes, os, subprocess, sys
+runtime = ctypes.CDLL("libcudart.so.13")
+place, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+code = runtime.cudaMalloc(ctypes.byref(place), ctypes.c_size_t(1000 << 20))
+runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+print(code, free.value >> 20, flush=True)
+if len(sys.argv) == 1:
+    subprocess.run([sys.executable, "-c", os.environ["PROGRAM"], "second"])
+"""
+
+
+def test_processes_compete_for_one_device_and_it_is_free_when_they_end(on):
+    gpu = Gpu(2400, reserved_mib=0)
+    for _ in range(2):  # the second time, nothing of the first is left
+        first, second = on(ALLOCATES, gpu, PROGRAM=ALLOCATES).splitlines()
+        assert first == f"0 {2400 - 470 - 1000}"
+        assert second == f"2 {2400 - 470 - 1000 - 470}"  # 2: out of memory
 
 
 @pytest.mark.parametrize(
