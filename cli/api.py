@@ -1,10 +1,14 @@
 """Running from Python: the same calls that the ``rankfit`` command makes."""
 
+import logging
 from pathlib import Path
 
 from rankfit.cli.flower import app_directory, environment, local_superlink, run_app
-from rankfit.configs.compose import compose
-from rankfit.configs.settings import ConfigError, RunSettings, from_flat, to_flat
+from rankfit.cli.preflight import check_run
+from rankfit.configs.compose import compose, from_here, is_local
+from rankfit.configs.settings import ConfigError, RunSettings
+
+log = logging.getLogger(__name__)
 
 
 def run(*parts: str, superlink: str | None = None) -> Path:
@@ -47,19 +51,24 @@ def resume(directory: Path, *overrides: str, superlink: str | None = None) -> Pa
 
 
 def submit(settings: RunSettings, superlink: str | None) -> Path:
-    """Check settings as far as it costs nothing, then run them."""
-    # Imported here: the catalogue needs torch, and `rankfit presets` should not wait for it.
-    from rankfit.strategies.methods import find
-
-    find(settings.method.name)
+    """Check a run as far as that is possible here, then run it."""
     if superlink is None:
-        settings = absolute(settings)
+        settings = from_here(settings)  # Flower's processes work elsewhere
+    else:
+        # Imported here: the catalogue needs torch, and `rankfit presets` should not wait for it.
+        from rankfit.strategies.methods import find
+
+        find(settings.method.name)
+        _check_paths(settings)
     path = Path(settings.run.directory).expanduser() / settings.run.name
     if superlink is None and (path / "config.toml").exists() and not settings.run.resume:
         raise ConfigError(
             f"{path} holds a run already: give another run.name, or continue it with "
             f"`rankfit resume {path}`"
         )
+    if superlink is None:
+        for note in check_run(settings):
+            log.info("%s", note)
     env = environment(settings.train.threads)
     with app_directory() as app:
         if superlink is not None:
@@ -70,17 +79,16 @@ def submit(settings: RunSettings, superlink: str | None) -> Path:
     return path
 
 
-def absolute(settings: RunSettings) -> RunSettings:
-    """Make paths absolute: Flower's processes work in another folder than the user.
-
-    On a SuperLink's machine and its nodes' a path is that machine's, and stays as it is.
-    """
-    flat = to_flat(settings)
-    made = [key for key in ("run.directory", "head.directory") if flat[key]]
-    read = ("data.source", "model.source", "plan.calibration")
-    for key in [*made, *read]:
-        prefix = "config:" if str(flat[key]).startswith("config:") else ""
-        path = Path(str(flat[key]).removeprefix(prefix)).expanduser()
-        if key in made or (flat[key] and path.exists()):
-            flat[key] = f"{prefix}{path.resolve()}"
-    return from_flat(flat)
+def _check_paths(settings: RunSettings) -> None:
+    """Refuse sources that are seen from here, where the run goes to other machines."""
+    for key, source in (("model", settings.model.source), ("data", settings.data.source)):
+        if source.startswith(("./", "../")):
+            raise ConfigError(
+                f"{key}.source {source!r} is seen from here, and a SuperLink's machines stand "
+                "elsewhere: give a path that is right on them (absolute, or from ~), or a hub id"
+            )
+        if not source.startswith(("/", "~")) and is_local(source):
+            log.warning(
+                "%s.source %r is a folder here, but this run goes to other machines: where they "
+                "have none of that name it is taken from the hub", key, source
+            )  # fmt: skip

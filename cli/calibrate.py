@@ -35,7 +35,7 @@ def calibrate(
         write(
             form, [dict(zip(_COLUMNS, row, strict=True)) for row in rows], "terms", _COLUMNS, rows
         )
-        Console(stderr=True).print(
+        Console(stderr=True, markup=False).print(
             "No GPU is here, so nothing was measured and nothing was written: these are the terms "
             "that estimates use.",
             highlight=False,

@@ -54,7 +54,7 @@ def evaluate(
         changes.append("server.evaluate=clients")
     saved = SavedRun.open(run, number, changes)
     found = by_client(saved) if clients else {split: _whole(saved, split)}
-    Console().print(_table(found, f"{saved.path.name}, round {saved.round}"))
+    Console(markup=False).print(_table(found, f"{saved.path.name}, round {saved.round}"))
     if output is not None:
         record = {"run": saved.path.name, "round": saved.round, "figures": found}
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -147,7 +147,7 @@ def export(
             raise ConfigError(f"--client {client}: {saved.path} keeps no head of that partition")
         own = replace(saved.adapter, head=head)
     folder = write(saved, to.expanduser().resolve(), merged=merged, head=own)
-    Console(stderr=True).print(f"Exported: {folder}", highlight=False, soft_wrap=True)
+    Console(stderr=True, markup=False).print(f"Exported: {folder}", highlight=False, soft_wrap=True)
 
 
 def generate(

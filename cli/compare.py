@@ -14,7 +14,6 @@ from rich.table import Table
 
 from rankfit.configs.compose import compose, parse_override
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat, to_flat
-from rankfit.server.reporting import LAST
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +105,9 @@ def result_of(entry: Entry, settings: RunSettings, metric: str) -> Result:
     ConfigError
         If the metric was not measured.
     """
+    # Imported here: with it come torch and the strategies, which other commands do without.
+    from rankfit.server.reporting import LAST
+
     curve, traffic = [], 0
     trained = [line for line in read_rounds(settings) if line["round"] > 0]
     for line in trained:
@@ -251,8 +253,8 @@ def compare(
     table = Table("method", *COLUMNS)
     for cells in rows(results):
         table.add_row(*cells)
-    Console().print(table)
-    Console().print(f"Tables, plots and JSON: {out}", highlight=False, soft_wrap=True)
+    Console(markup=False).print(table)
+    Console(markup=False).print(f"Tables, plots and JSON: {out}", highlight=False, soft_wrap=True)
 
 
 def run_all(

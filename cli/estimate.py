@@ -101,7 +101,7 @@ def estimate(
     write(form, records, "plans", _COLUMNS, [_row(record) for record in records])
     if form is Format.TABLE and len(records) == 1:
         for line in why(records[0]):
-            Console().print(line, highlight=False)
+            Console(markup=False).print(line, highlight=False)
         if "breakdown-bytes" in records[0]:
             _breakdown(records[0])
 
@@ -296,9 +296,9 @@ def _breakdown(record: Mapping[str, Any]) -> None:
     for name, value in record["breakdown-bytes"].items():
         table.add_row(name, f"{value / MIB:.2f}")
     table.add_row("total", f"{sum(record['breakdown-bytes'].values()) / MIB:.2f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     total = sum(record["prices-bytes"].values())
-    Console().print(
+    Console(markup=False).print(
         f"One unit of rank in all {len(record['prices-bytes'])} modules costs {total} bytes of "
         f"memory and {record['upload-bytes-per-rank']} bytes of upload.",
         highlight=False,
@@ -321,7 +321,7 @@ def write(
         table = Table(*columns, title=title)
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 _SPECIAL = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "×": r"$\times$", "–": "--"}

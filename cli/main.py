@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rankfit import __version__
 from rankfit.cli import api, estimate, node
@@ -38,7 +39,7 @@ app.command("memory-report")(memory_report)
 app.command()(evaluate)
 app.command()(export)
 app.command()(generate)
-_errors = Console(stderr=True)
+_errors = Console(stderr=True, markup=False)
 
 Parts = Annotated[
     list[str],
@@ -109,7 +110,7 @@ def methods() -> None:
     table = Table("method", "what it does", "can be left out", "source")
     for name, method in sorted(catalogue().items()):
         table.add_row(name, method.summary, ", ".join(method.parts), method.source)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @app.command()
@@ -120,12 +121,19 @@ def version() -> None:
 
 def main() -> None:
     """Entry point: errors that a user can mend are one line, without a traceback."""
-    logging.basicConfig(level=os.environ.get("RANKFIT_LOG", "WARNING"))
+    logging.basicConfig(level=os.environ.get("RANKFIT_LOG", "WARNING"), format="%(message)s")
+    logging.getLogger("rankfit.cli").setLevel(logging.INFO)
     try:
         app()
     except (ConfigError, FlowerError, DataError, ModelError) as error:
-        _errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        show_error(str(error))
         sys.exit(1 if isinstance(error, FlowerError) else 2)
+
+
+def show_error(message: str) -> None:
+    """Print an error as it is: brackets in it are text, not rich's markup."""
+    line = Text.assemble(("error: ", "bold red"), message)
+    _errors.print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

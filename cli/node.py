@@ -34,7 +34,7 @@ def node(
     table = Table("process", "run", "node", "state", "log")
     for place in found:
         table.add_row(*_row(place))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _row(place: "Place") -> tuple[str, ...]:

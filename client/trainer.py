@@ -40,6 +40,7 @@ from rankfit.tasks.lora import (
     load_adapter,
     place,
     read_state,
+    set_training,
     train_only,
 )
 from rankfit.tasks.optimizers import build_optimizer
@@ -371,7 +372,7 @@ def _fit(
     before = (job.moments and job.moments.load(job.round)) or {}
     recall(own_optimizer, parameters, before)
     optimizer = accelerator.prepare_optimizer(own_optimizer)
-    model.train()
+    set_training(model)
     called = model
     if settings.train.compile:
         called = cast(nn.Module, torch.compile(model, backend=settings.train.compile))

@@ -167,7 +167,8 @@ class Workspace:
             model = settings.model.at(precision)
             if precision == self._own or precision in QUANTIZED:
                 at = settings.model_copy(update={"model": model})
-                base = load_base(at, self.task.labels)
+                base = load_base(at, self.task.labels, self.task.output_names)
+                self.task.check_model(base)
             else:
                 base = lower_base(self._load(self._own), settings.task.kind, model.precision)
             self._bases[precision] = base

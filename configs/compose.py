@@ -8,7 +8,7 @@ simulated devices says ``[preset] simulation-only = true``, and a deployment lea
 import difflib
 import logging
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rankfit.configs.learning import join_names
@@ -19,6 +19,8 @@ from rankfit.configs.settings import (
     from_flat,
     known_keys,
     refuse_renamed,
+    to_flat,
+    unknown_setting,
 )
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,48 @@ def compose(parts: Sequence[str], *, deployed: bool = False) -> RunSettings:
     flat: dict[str, Scalar] = {}
     for part in parts:
         flat |= parse_override(part) if "=" in part else read_preset(part, deployed=deployed)
+    return from_flat(flat)
+
+
+#: Settings that hold a path; the first two may hold a hub id or a scheme in its place.
+_PATHS = ("model.source", "data.source", "head.directory", "plan.calibration", "run.directory")
+#: Those of folders that a run makes.
+_MADE = ("run.directory", "head.directory")
+#: Sources that are found by another way than a path.
+_SCHEMES = ("builtin:", "package:", "sklearn:")
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is on this machine: written as a path, or a file or folder of that name.
+
+    A bare name that is both a folder here and an id on the hub is the folder.
+    """
+    return source.startswith(("/", ".", "~")) or (bool(source) and Path(source).exists())
+
+
+def from_here(settings: RunSettings) -> RunSettings:
+    """The same settings with every path made absolute, seen from where the user stands.
+
+    What runs them works elsewhere: Flower in a temporary folder, its nodes on other machines.
+    """
+    return _with_paths(settings, lambda path: str(Path(path).expanduser().absolute()))
+
+
+def without_places(settings: RunSettings) -> RunSettings:
+    """The same settings with absolute paths cut to ``./NAME``: what may leave this machine.
+
+    ``./`` keeps what reads it from taking the name for a hub id.
+    """
+    return _with_paths(settings, lambda path: f"./{Path(path).name}")
+
+
+def _with_paths(settings: RunSettings, change: Callable[[str], str]) -> RunSettings:
+    flat = to_flat(settings)
+    for key in _PATHS:
+        value = str(flat[key])
+        scheme, path = ("config:", value[7:]) if value.startswith("config:") else ("", value)
+        if not value.startswith(_SCHEMES) and (is_local(path) or (path and key in _MADE)):
+            flat[key] = scheme + change(path)
     return from_flat(flat)
 
 
@@ -99,9 +143,7 @@ def parse_override(text: str) -> dict[str, Scalar]:
     known = known_keys()
     refuse_renamed(key)
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown setting {key!r}{hint}")
+        raise unknown_setting(key)
     if isinstance(known[key], str):
         return {key: _text(value)}
     try:

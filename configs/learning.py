@@ -1,6 +1,7 @@
 """The settings of what is learnt: task, model, data, partition, head and local training."""
 
 import codecs
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
@@ -68,6 +69,70 @@ def split_numbers(text: str, key: str) -> tuple[float, ...]:
 def kebab(name: str) -> str:
     """Write a field's name as the run config does."""
     return name.replace("_", "-")
+
+
+#: Names that other libraries have for a setting: Hugging Face's Trainer and PEFT, Flower, torch.
+_SYNONYMS = {
+    "train.learning-rate": "lr eta step-size",
+    "train.batch-size": "bs batch per-device-train-batch-size train-batch-size micro-batch-size",
+    "train.epochs": "epoch num-epochs num-train-epochs local-epochs n-epochs",
+    "train.steps": "max-steps local-steps num-steps",
+    "train.weight-decay": "wd decay l2",
+    "train.max-grad-norm": "clip grad-clip gradient-clip-val clip-grad-norm max-norm",
+    "train.optimizer": "optim opt",
+    "train.schedule": "lr-scheduler lr-scheduler-type scheduler",
+    "train.schedule-warm-up": "warmup warmup-steps warm-up",
+    "train.proximal": "mu proximal-mu fedprox",
+    "train.autocast": "amp mixed-precision bf16 fp16",
+    "train.gradient-checkpointing": "checkpointing grad-checkpointing activation-checkpointing",
+    "lora.rank": "r lora-r lora-rank",
+    "lora.alpha": "lora-alpha",
+    "lora.dropout": "lora-dropout",
+    "lora.targets": "target-modules modules",
+    "lora.scaling": "rslora use-rslora",
+    "head.modules": "modules-to-save",
+    "model.source": "name-or-path model-name model-name-or-path base-model model-id pretrained",
+    "model.precision": "dtype torch-dtype",
+    "model.quantization": "load-in-4bit load-in-8bit quantize bits",
+    "data.source": "dataset dataset-name data-path data-dir",
+    "data.max-length": "max-seq-length max-seq-len seq-len cutoff-len block-size max-len",
+    "data.input-column": "text-column text-field dataset-text-field image-column",
+    "data.label-column": "label target-column labels",
+    "data.template": "chat-template prompt-template",
+    "task.packing": "pack sample-packing",
+    "task.kind": "task type",
+    "run.rounds": "num-rounds num-server-rounds n-rounds",
+    "run.seed": "random-seed random-state",
+    "run.directory": "output-dir out-dir save-dir",
+    "simulation.clients": "num-clients n-clients num-supernodes nodes",
+    "server.clients-per-round": "sample-clients participation",
+    "server.min-clients": "min-fit-clients min-available-clients",
+    "partition.alpha": "dirichlet-alpha dirichlet",
+    "method.name": "strategy algorithm aggregation",
+}
+_BY_SYNONYM = {name: key for key, names in _SYNONYMS.items() for name in names.split()}
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The setting that a user may have meant by a key that there is not; None = no idea.
+
+    A name of another library comes first, then the same name in another table, then a misspelling.
+    """
+    keys = list(known)
+    table, _, name = kebab(key.strip().lstrip("-").lower()).rpartition(".")
+    written = f"{table}.{name}" if table else name
+    if written in keys:
+        return written
+    if name in _BY_SYNONYM:
+        return _BY_SYNONYM[name]
+    same = [one for one in keys if one.rpartition(".")[2] == name]
+    if same:
+        return same[0]
+    close = difflib.get_close_matches(written, keys, n=1, cutoff=0.8)
+    if not close:
+        names = {one.rpartition(".")[2]: one for one in reversed(keys)}
+        close = [names[one] for one in difflib.get_close_matches(name, names, n=1, cutoff=0.8)]
+    return close[0] if close else None
 
 
 class Table(BaseModel):

@@ -1,6 +1,5 @@
 """The typed settings of a run: one frozen model per table of the run config; seeds and rates."""
 
-import difflib
 import hashlib
 import math
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from rankfit.configs.learning import (
     Train,
     join_names,
     kebab,
+    nearest,
     setting,
     split_list,
     split_names,
@@ -498,6 +498,13 @@ def to_flat(settings: RunSettings) -> dict[str, Scalar]:
     }
 
 
+def unknown_setting(key: str) -> ConfigError:
+    """The error for a key that is no setting, with the one that may be meant."""
+    near = nearest(key, known_keys())
+    hint = f"; did you mean {near!r}?" if near else " (`rankfit settings` lists all)"
+    return ConfigError(f"unknown setting {key!r}{hint}")
+
+
 def from_flat(flat: Mapping[str, Scalar]) -> RunSettings:
     """Build settings from dotted keys; keys that are absent take their defaults.
 
@@ -511,9 +518,7 @@ def from_flat(flat: Mapping[str, Scalar]) -> RunSettings:
     for key, value in flat.items():
         refuse_renamed(key)
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else " (`rankfit settings` lists all)"
-            raise ConfigError(f"unknown setting {key!r}{hint}")
+            raise unknown_setting(key)
         table, _, name = key.partition(".")
         if isinstance(value, list) and isinstance(known[key], str):
             value = join_names(value)  # a list in a TOML file

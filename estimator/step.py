@@ -14,7 +14,7 @@ from rankfit.estimator.meta_libraries import adapt, make_optimizer, quantize
 from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.tasks import base_model as models
 from rankfit.tasks.kronecker import OUTER, wrap
-from rankfit.tasks.lora import train_only
+from rankfit.tasks.lora import set_training, train_only
 
 Phase = Literal["load", "forward", "backward", "optimizer"]
 
@@ -132,4 +132,5 @@ def build(
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-    return model.train()
+    set_training(model)
+    return model

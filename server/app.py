@@ -6,9 +6,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from rankfit.configs.settings import from_flat
+from rankfit.configs.settings import ConfigError, from_flat
 from rankfit.server.loop import federate
 from rankfit.server.reporting import show_logs
+from rankfit.tasks.model_sources import ModelError
+from rankfit.tasks.records import DataError
 
 app = ServerApp()
 
@@ -19,9 +21,13 @@ log = logging.getLogger(__name__)
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
     show_logs()
-    settings = from_flat(context.run_config)
-    if isinstance(grid, HttpGrid):  # of a SuperLink with SuperNodes; a simulation has its own
-        if ignored := settings.simulated_keys():
-            log.warning("not used, they count in a simulation alone: %s", ", ".join(ignored))
-        settings = settings.deployed()
-    federate(grid, settings)
+    try:
+        settings = from_flat(context.run_config)
+        if isinstance(grid, HttpGrid):  # of a SuperLink with SuperNodes; a simulation has its own
+            if ignored := settings.simulated_keys():
+                log.warning("not used, they count in a simulation alone: %s", ", ".join(ignored))
+            settings = settings.deployed()
+        federate(grid, settings)
+    except (ConfigError, DataError, ModelError) as error:
+        log.error("the run cannot start: %s", error)
+        raise error.with_traceback(None) from None  # Flower prints it, and the line above says all

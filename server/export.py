@@ -9,14 +9,15 @@ from peft import PeftModel
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from rankfit.adapters.adapter import Adapter
+from rankfit.configs.compose import without_places
 from rankfit.configs.settings import ConfigError, to_flat
 from rankfit.server import reporting as summary
 from rankfit.server.run_directory import SavedRun, write_adapter
 from rankfit.tasks.base_model import head_modules, inject, load_base, shared_heads
-from rankfit.tasks.data import DataError
 from rankfit.tasks.kronecker import expanded, unwrap
 from rankfit.tasks.lora import head_tensors, load_adapter
 from rankfit.tasks.model_sources import resolve_source
+from rankfit.tasks.targets import NEW_MODULES
 from rankfit.tasks.tokenizer import load_tokenizer
 
 _AUTO = {
@@ -27,11 +28,11 @@ _AUTO = {
 _PACKAGES = ("rankfit", "torch", "transformers", "peft", "flwr")
 
 
-def text(run: SavedRun, class_names: Sequence[str], *, merged: bool) -> str:
+def text(run: SavedRun, *, merged: bool) -> str:
     """Write the card in Markdown, with the front matter that the hub reads."""
-    settings, lines = run.settings, run.lines()
+    settings, lines = without_places(run.settings), run.lines()
     source = settings.model.source
-    hub = resolve_source(source).kind == "hub"
+    hub = resolve_source(run.settings.model.source).kind == "hub"
     parts = [
         "---",
         "library_name: " + ("transformers" if merged else "peft"),
@@ -63,8 +64,8 @@ def text(run: SavedRun, class_names: Sequence[str], *, merged: bool) -> str:
         "",
         *_evaluation(run, lines),
     ]
-    if class_names:
-        parts += ["", "## Classes", "", "Ids from 0: " + ", ".join(class_names) + "."]
+    if run.class_names:
+        parts += ["", "## Classes", "", "Ids from 0: " + ", ".join(run.class_names) + "."]
     parts += [
         "",
         "## Settings",
@@ -82,7 +83,7 @@ def text(run: SavedRun, class_names: Sequence[str], *, merged: bool) -> str:
 def _data(run: SavedRun) -> str:
     if run.settings.partition.kind == "local":
         return "the clients' own data"
-    data = run.settings.data
+    data = without_places(run.settings).data
     return f"{data.source} {data.name}".strip()
 
 
@@ -100,12 +101,18 @@ def _usage(run: SavedRun, merged: bool) -> list[str]:
         load = f'base = {auto}.from_pretrained("FOLDER/{BASE}")'
     else:
         extra = ""
-        if run.settings.task.kind != "causal-lm":
-            extra = f", num_labels={run.base.config.num_labels}, ignore_mismatched_sizes=True"
+        if names := run.class_names:
+            numbers = {name: number for number, name in enumerate(names)}
+            extra = f", id2label={dict(enumerate(names))}, label2id={numbers}"
+        elif run.settings.task.kind != "causal-lm":
+            extra = f", num_labels={run.base.config.num_labels}"
+        extra += ", ignore_mismatched_sizes=True" if extra else ""
         pad = run.base.config.to_dict().get("pad_token_id")
         if run.settings.task.kind == "text-classification" and pad is not None:
             extra += f", pad_token_id={pad}"
-        load = f'base = {auto}.from_pretrained("{run.settings.model.source}"{extra})'
+        load = (
+            f'base = {auto}.from_pretrained("{without_places(run.settings).model.source}"{extra})'
+        )
     return [
         "from peft import PeftModel",
         f"from transformers import {auto}",
@@ -194,20 +201,8 @@ def export(run: SavedRun, folder: Path, *, merged: bool, head: Adapter | None = 
         _write_merged(run, folder, head)
     else:
         _write_adapter(run, folder, head)
-    names = class_names(run)
-    (folder / "README.md").write_text(text(run, names, merged=merged), encoding="utf-8")
+    (folder / "README.md").write_text(text(run, merged=merged), encoding="utf-8")
     return folder
-
-
-def class_names(run: SavedRun) -> tuple[str, ...]:
-    """Names of the classes; () where there are none or the data is not at hand."""
-    settings = run.settings
-    if settings.task.kind == "causal-lm" or settings.task.problem == "regression":
-        return ()
-    try:
-        return run.task.class_names
-    except DataError:
-        return ()
 
 
 def whole_adapter(run: SavedRun, head: Adapter | None) -> tuple[Adapter, tuple[str, ...]]:
@@ -247,7 +242,8 @@ def _write_merged(run: SavedRun, folder: Path, head: Adapter | None) -> None:
     base, settings = run.base, run.settings
     if settings.model.quantization != "none":
         model = settings.model.model_copy(update={"quantization": "none", "precision": "bf16"})
-        base = load_base(settings.model_copy(update={"model": model}), run.task.labels)
+        whole = settings.model_copy(update={"model": model})
+        base = load_base(whole, run.task.labels, run.class_names)
     adapter, heads = whole_adapter(run, head)
     peft = inject(base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=heads)
     load_adapter(peft, adapter)
@@ -267,10 +263,7 @@ def _save_model(run: SavedRun, model: PreTrainedModel, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     if "use_cache" in config.to_dict():
         config.use_cache = True  # switched off for training
-    names = class_names(run)
-    if names:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
+    vars(config).pop(NEW_MODULES, None)  # they are trained now, and in the checkpoint
     model.save_pretrained(str(folder))
 
 

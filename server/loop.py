@@ -137,7 +137,8 @@ def build(settings: RunSettings) -> Federation:
     for precision in split_list(settings.plan.precisions):
         lowered = settings.model.at(precision)
         check_quantizable(lowered, resolve_source(lowered.source).kind)
-    base = load_base(settings, task.labels)
+    base = load_base(settings, task.labels, task.output_names)
+    task.check_model(base)
     targets = target_modules(base, settings.lora.targets)
     heads = shared_heads(base, settings.head)
     shapes = target_shapes(base, targets, settings.lora.rank)

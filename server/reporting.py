@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from rankfit.configs.compose import without_places
 from rankfit.configs.settings import RunSettings, to_flat
 from rankfit.strategies.fleet import natural
 from rankfit.strategies.strategy import HeterogeneousLora
@@ -28,7 +29,7 @@ WIDTH = 118
 
 def console() -> Console:
     """Return a console on standard output, which Flower forwards, of a fixed width."""
-    return Console(width=WIDTH, highlight=False)
+    return Console(width=WIDTH, highlight=False, markup=False)
 
 
 def show_logs() -> None:
@@ -370,7 +371,7 @@ def write_report(folder: Path, settings: RunSettings, rounds: Sequence[Line]) ->
     page = jinja2.Environment(autoescape=True).from_string(_PAGE)
     text = page.render(
         name=settings.run.name,
-        settings=to_flat(settings),
+        settings=to_flat(without_places(settings)),
         rounds=max((line["round"] for line in rounds), default=0),
         mib=f"{sent[-1][1] / MIB:.2f}" if sent else "0",
         scores=scores(rounds),

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankfit.adapters.adapter import Adapter
-from rankfit.configs.compose import compose
+from rankfit.configs.compose import compose, without_places
 from rankfit.configs.settings import ConfigError, RunSettings, to_flat
 from rankfit.server.evaluation import Evaluator
+from rankfit.server.reporting import PARTITION
 from rankfit.tasks import load_task
 from rankfit.tasks.base_model import load_base, shared_heads
+from rankfit.tasks.records import DataError
 from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -209,7 +211,7 @@ def write_adapter(
         lora_dropout=settings.lora.dropout,
         modules_to_save=sorted(heads) or None,
         task_type=_TASK_TYPES[settings.task.kind],
-        base_model_name_or_path=settings.model.source,
+        base_model_name_or_path=without_places(settings).model.source,
         inference_mode=True,
     ).save_pretrained(str(folder))
 
@@ -331,9 +333,23 @@ class SavedRun:
         return load_task(self.settings)
 
     @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the model's outputs by id; () where there are none or none are known.
+
+        Where the data is no longer at hand, those that the run has noted.
+        """
+        if self.settings.task.kind == "causal-lm" or self.settings.task.problem == "regression":
+            return ()
+        try:
+            return self.task.output_names
+        except DataError:
+            file = self.path / PARTITION
+            return tuple(json.loads(file.read_text())["classes"]) if file.is_file() else ()
+
+    @cached_property
     def base(self) -> PreTrainedModel:
         """The run's base model."""
-        return load_base(self.settings, self.task.labels)
+        return load_base(self.settings, self.task.labels, self.class_names)
 
     @cached_property
     def heads(self) -> tuple[str, ...]:

@@ -3,14 +3,13 @@
 import copy
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
@@ -19,17 +18,24 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.utils import logging
+from transformers.utils import logging as hf_logging
 
 from rankfit.configs import settings as config_settings
 from rankfit.configs.learning import Precision
 from rankfit.configs.settings import Model
 from rankfit.tasks import font_vit
+from rankfit.tasks.config import hub_arguments, own_classes, read_config, unreachable
 from rankfit.tasks.kronecker import wrap
 from rankfit.tasks.lora import TAIL, TRAINED, eject, inject
-from rankfit.tasks.model_sources import ModelError, Source, read_config_file, resolve_source
-from rankfit.tasks.targets import head_modules, shared_heads, target_modules, whole_modules
-from rankfit.tasks.tokenizer import pad_token_id
+from rankfit.tasks.model_sources import ModelError, Source, resolve_source
+from rankfit.tasks.targets import (
+    NEW_MODULES,
+    head_modules,
+    shared_heads,
+    target_modules,
+    whole_modules,
+)
+from rankfit.tasks.tokenizer import settle_padding
 
 
 def check_quantizable(model: Model, source: str) -> None:
@@ -86,6 +92,8 @@ def quantization(model: Model, source: str, kept: Sequence[str] = ()) -> dict[st
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+log = logging.getLogger(__name__)
+
 __all__ = [
     "TAIL",
     "TRAINED",
@@ -134,9 +142,18 @@ _SPREAD = 64  # values read from each frozen tensor by the fingerprint
 
 
 def load_config(
-    model: config_settings.Model, *, labels: int, problem: Problem = "classification"
+    model: config_settings.Model,
+    *,
+    labels: int,
+    problem: Problem = "classification",
+    names: Sequence[str] = (),
 ) -> PreTrainedConfig:
     """Read a model's config and set it up for ``labels`` outputs: classes, or one number.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of the outputs, where they are known.
 
     Raises
     ------
@@ -145,9 +162,11 @@ def load_config(
     """
     if labels < 2 and problem == "classification":
         raise ModelError(f"a classifier needs at least 2 classes, got {labels}")
-    source = resolve_source(model.source)
-    config = _read_config(model, source)
+    config = read_config(model)
     config.num_labels = labels
+    if names:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
     config.problem_type = "regression" if problem == "regression" else "single_label_classification"
     # Keys and values are of use to generation alone, which asks for them itself.
     if "use_cache" in config.to_dict():
@@ -156,35 +175,6 @@ def load_config(
     config.architectures = []
     config._attn_implementation = model.attention
     return config
-
-
-def _read_config(model: config_settings.Model, source: Source) -> PreTrainedConfig:
-    try:
-        if source.kind == "builtin":
-            return AutoConfig.for_model(**font_vit.load()[0])
-        if source.kind == "config":
-            return AutoConfig.for_model(**read_config_file(Path(source.location)))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"model.source {model.source!r}: {error}") from error
-    try:
-        return AutoConfig.from_pretrained(source.location, **_hub_arguments(model))
-    except (OSError, ValueError) as error:
-        raise _unreachable(model, source, error) from error
-
-
-def _hub_arguments(model: config_settings.Model) -> dict[str, Any]:
-    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-
-
-def _unreachable(model: config_settings.Model, source: Source, error: Exception) -> ModelError:
-    first_line = (str(error).strip() or repr(error)).splitlines()[0]
-    if source.kind == "folder":
-        return ModelError(f"model.source {model.source!r} cannot be read: {first_line}")
-    return ModelError(
-        f"model.source {model.source!r} (revision {model.revision!r}) is neither a folder here nor "
-        "a model that can be had from the hub: check the id and the connection, fetch it once with "
-        f"`hf download {model.source}`, or give a local folder. {first_line}"
-    )
 
 
 def build_empty(
@@ -212,6 +202,16 @@ def build_empty(
         raise _unbuildable(config, kind, attention, error) from error
     model.requires_grad_(False)
     return model.train()
+
+
+def build_random(
+    config: PreTrainedConfig, kind: Kind, model: config_settings.Model
+) -> PreTrainedModel:
+    """Build a model of random weights, from torch's global random state."""
+    made: PreTrainedModel = _AUTO[kind].from_config(
+        config, attn_implementation=model.attention, dtype=DTYPES[model.precision]
+    )
+    return made.eval()
 
 
 def lower_base(base: PreTrainedModel, kind: Kind, precision: Precision) -> PreTrainedModel:
@@ -249,11 +249,14 @@ def _unbuildable(
     )
 
 
-def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedModel:
+def load_base(
+    settings: config_settings.RunSettings, labels: int, names: Sequence[str] = ()
+) -> PreTrainedModel:
     """Load the frozen base model with a head of ``labels`` outputs, in evaluation mode.
 
     What the checkpoint lacks (the head, or everything for ``config:``) is drawn from
-    ``settings.run.seed``; torch's global random state is left as it was.
+    ``settings.run.seed``; torch's global random state is left as it was. So is the head of a
+    checkpoint that names other classes than ``names``.
 
     Raises
     ------
@@ -262,28 +265,32 @@ def load_base(settings: config_settings.RunSettings, labels: int) -> PreTrainedM
     """
     model_settings, kind = settings.model, settings.task.kind
     source = resolve_source(model_settings.source)
-    config = load_config(model_settings, labels=labels, problem=settings.task.problem)
-    if kind == "text-classification" and _lacks_padding(config):
-        config.pad_token_id = pad_token_id(model_settings, source, config)
+    config = load_config(model_settings, labels=labels, problem=settings.task.problem, names=names)
+    own = own_classes(read_config(model_settings))
+    if kind in ("text-classification", "causal-lm"):
+        settle_padding(model_settings, config)
     quantized: dict[str, Any] = {}
     if model_settings.quantization != "none":
         quantized = quantization(model_settings, source.kind, _never_quantized(settings, config))
+    if source.kind == "hub":
+        log.info(
+            "model.source %r: no folder of that name here, so it is taken from the hub (%s)",
+            model_settings.source, model_settings.revision,
+        )  # fmt: skip
     with _seeded(settings.run.seed), _quiet():
         try:
             if source.kind == "config":
-                model = _AUTO[kind].from_config(
-                    config,
-                    attn_implementation=model_settings.attention,
-                    dtype=DTYPES[model_settings.precision],
-                )
+                model = build_random(config, kind, model_settings)
             else:
                 model = _load_weights(model_settings, kind, source, config, quantized)
         except (ImportError, OSError, ValueError) as error:
             if isinstance(error, ModelError):
                 raise
             if source.kind == "hub" or isinstance(error, OSError):
-                raise _unreachable(model_settings, source, error) from error
+                raise unreachable(model_settings, source, error) from error
             raise _unbuildable(config, kind, model_settings.attention, error) from error
+        if own and names and tuple(names) != own:
+            _draw_heads(model)
         if settings.lora.form == "kronecker":
             wrap(model, target_modules(model, settings.lora.targets))
     model.requires_grad_(False)
@@ -299,6 +306,16 @@ def _never_quantized(
         config, settings.task.kind, attention=model.attention, precision=model.precision
     )
     return (*get_keys_to_not_convert(empty), *whole_modules(empty, settings.head))
+
+
+@torch.no_grad()
+def _draw_heads(model: PreTrainedModel) -> None:
+    """Draw the heads anew, as transformers draws one that a checkpoint lacks."""
+    for name in head_modules(model):
+        head = model.get_submodule(name)
+        for part in (*head.modules(), *head.parameters()):
+            part._is_hf_initialized = False
+        head.apply(model._init_weights)
 
 
 def _load_weights(
@@ -321,13 +338,21 @@ def _load_weights(
         empty = build_empty(config, kind, attention=model.attention, precision=model.precision)
         loaded, info = type(empty).from_pretrained(None, state_dict=weights, **arguments)
     else:
-        arguments |= _hub_arguments(model)
+        arguments |= hub_arguments(model)
         loaded, info = _AUTO[kind].from_pretrained(source.location, **arguments)
-    heads = tuple(f"{name}." for name in head_modules(loaded))
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-    lacking = sorted(
-        key for key in {*info["missing_keys"], *mismatched} if not key.startswith(heads)
-    )
+    absent = {*info["missing_keys"], *mismatched}
+    pooler = f"{loaded.base_model_prefix}.pooler"
+    if absent and any(key.startswith(f"{pooler}.") for key in absent):
+        setattr(loaded.config, NEW_MODULES, [pooler])
+    heads = head_modules(loaded)
+    lacking = sorted(key for key in absent if not key.startswith(tuple(f"{h}." for h in heads)))
+    if new := [head for head in heads if any(key.startswith(f"{head}.") for key in absent)]:
+        made = ", ".join(read_config(model).architectures or ["none"])
+        log.info(
+            "%s: the checkpoint (architecture %s) has no fitting %s: drawn from run.seed",
+            model.source, made, " and ".join(new),
+        )  # fmt: skip
     if lacking:
         raise ModelError(
             f"model.source {model.source!r}: the checkpoint lacks {len(lacking)} weights of "
@@ -348,15 +373,15 @@ def _seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from drawing bars and reporting the new head, which is expected here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        hf_logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()
 
 
 def fingerprint(model: PreTrainedModel, *, heads: Sequence[str]) -> str:

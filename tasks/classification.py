@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from rankfit.configs.settings import Model, split_list
-from rankfit.tasks.base_model import load_config
+from rankfit.tasks.config import read_config
 from rankfit.tasks.data import Encode, Examples
 from rankfit.tasks.model_sources import ModelError, resolve_source
 from rankfit.tasks.records import DataError, Reading
 from rankfit.tasks.task import Split, Task, TensorSpec
-from rankfit.tasks.tokenizer import load_tokenizer, longest_text
+from rankfit.tasks.tokenizer import check_text, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,7 @@ class TextTask(Task):
     @cached_property
     def _tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.settings.model)
-        config = load_config(self.settings.model, labels=2)
-        limit, wanted = longest_text(config), self.settings.data.max_length
-        if limit is not None and wanted > limit:
-            raise ModelError(
-                f"data.max-length {wanted}: {self.settings.model.source} takes at most {limit} "
-                "tokens"
-            )
+        check_text(self.settings, tokenizer)
         return tokenizer
 
     def _encoding(self) -> Encode:
@@ -179,6 +173,9 @@ def load_processor(model: Model, config: PreTrainedConfig) -> Processor:
     source = resolve_source(model.source)
     channels = int(config.to_dict().get("num_channels", 3))
     if source.kind in ("folder", "hub"):
+        # Imported here: with it come all of transformers' models.
+        from transformers import AutoImageProcessor
+
         try:
             found = cached_file(
                 source.location,
@@ -221,8 +218,7 @@ class ImageTask(Task):
 
     @cached_property
     def _processor(self) -> Processor:
-        config = load_config(self.settings.model, labels=2)
-        return load_processor(self.settings.model, config)
+        return load_processor(self.settings.model, read_config(self.settings.model))
 
     @cached_property
     def _shape(self) -> tuple[int, ...]:

@@ -208,6 +208,7 @@ def _read_parts(settings: RunSettings, data_path: str | None) -> tuple[Raw, Raw 
         return _folder_parts(place, source, columns, settings)
     if data_path is not None or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise DataError(f"data {source!r}: there is no such file or folder")
+    log.info("data.source %r: nothing of that name here, so it is taken from the hub", source)
     return hub_parts(data, columns)
 
 

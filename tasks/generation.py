@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from rankfit.tasks import prompts as commonsense
-from rankfit.tasks.lora import IGNORED, chunks, learnt
+from rankfit.tasks.lora import chunks, learnt
 from rankfit.tasks.metrics import scores
+from rankfit.tasks.packing import IGNORED
 from rankfit.tasks.prompts import Passage
 from rankfit.tasks.records import DataError
 from rankfit.tasks.task import Split

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rankfit.configs.settings import RunSettings
-from rankfit.tasks.base_model import load_config
+from rankfit.tasks.config import longest_text, read_config
 from rankfit.tasks.data import Encode, Examples
-from rankfit.tasks.lora import IGNORED
-from rankfit.tasks.model_sources import ModelError
+from rankfit.tasks.packing import Encoded, packed, padded
 from rankfit.tasks.prompts import (
     Passage,
     as_passage,
@@ -25,17 +24,9 @@ from rankfit.tasks.prompts import (
 )
 from rankfit.tasks.records import DataError, Reading
 from rankfit.tasks.task import Indices, Split, Task, TensorSpec
-from rankfit.tasks.tokenizer import load_tokenizer, longest_text
+from rankfit.tasks.tokenizer import check_text, load_tokenizer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Tokens of one example; ``learnt`` marks those that the loss is taken over."""
-
-    tokens: tuple[int, ...]
-    learnt: tuple[bool, ...]
 
 
 class Encoder:
@@ -143,23 +134,13 @@ class LanguageTask(Task):
             If ``data.max-length`` and ``task.max-new-tokens`` are more than the model can take.
         """
         tokenizer = load_tokenizer(self.settings.model)
-        limit, wanted = self.longest, self.settings.data.max_length
-        if limit is not None and wanted > limit:
-            raise ModelError(
-                f"data.max-length {wanted}: {self.settings.model.source} takes at most {limit} "
-                "tokens"
-            )
-        if limit is not None and self.settings.task.max_new_tokens >= limit:
-            raise ModelError(
-                f"task.max-new-tokens {self.settings.task.max_new_tokens}: with a prompt that is "
-                f"more than the {limit} tokens that {self.settings.model.source} takes"
-            )
+        check_text(self.settings, tokenizer)
         return Encoder(tokenizer, self.settings)
 
     @cached_property
     def longest(self) -> int | None:
         """Tokens that the model has positions for (None = no end)."""
-        return longest_text(load_config(self.settings.model, labels=2))
+        return longest_text(read_config(self.settings.model))
 
     @property
     def room(self) -> int:
@@ -233,8 +214,8 @@ class LanguageSplit(Split):
         encoded = [self._encoded(int(index)) for index in indices]
         pad = int(self._encoder.tokenizer.pad_token_id)
         if self._settings.task.packing:
-            return _packed(encoded, self._settings.data.max_length, pad)
-        return _padded(encoded, pad)
+            return packed(encoded, self._settings.data.max_length, pad)
+        return padded(encoded, pad)
 
     def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
         return self.collate(rows)
@@ -245,52 +226,3 @@ class LanguageSplit(Split):
             passage = as_passage(record, self._settings, reading)
             self._kept[row] = self._encoder.example(passage)
         return self._kept[row]
-
-
-def _padded(encoded: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
-    longest = max(len(one.tokens) for one in encoded)
-    tokens = torch.full((len(encoded), longest), pad)
-    labels = torch.full_like(tokens, IGNORED)
-    mask = torch.zeros_like(tokens)
-    for row, one in enumerate(encoded):
-        count = len(one.tokens)
-        tokens[row, :count] = torch.tensor(one.tokens)
-        labels[row, :count] = _labels(one)
-        mask[row, :count] = 1
-    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-
-
-def _packed(encoded: Sequence[Encoded], width: int, pad: int) -> dict[str, Tensor]:
-    """Fill rows with whole examples, longest first, each into the first row that has room."""
-    rows: list[list[Encoded]] = []
-    room: list[int] = []
-    for one in sorted(encoded, key=lambda one: -len(one.tokens)):
-        count = len(one.tokens)
-        place = next((i for i, left in enumerate(room) if left >= count), len(rows))
-        if place == len(rows):
-            rows.append([])
-            room.append(width)
-        rows[place].append(one)
-        room[place] -= count
-    longest = width - min(room)
-    tokens = torch.full((len(rows), longest), pad)
-    labels = torch.full_like(tokens, IGNORED)
-    positions = torch.zeros_like(tokens)
-    for row, members in enumerate(rows):
-        start = 0
-        for one in members:
-            end = start + len(one.tokens)
-            tokens[row, start:end] = torch.tensor(one.tokens)
-            labels[row, start:end] = _labels(one)
-            positions[row, start:end] = torch.arange(end - start)
-            start = end
-        positions[row, start:] = torch.arange(longest - start)  # padding: a member of its own
-    return {"input_ids": tokens, "position_ids": positions, "labels": labels}
-
-
-def _labels(one: Encoded) -> Tensor:
-    """Tokens that are learnt; the first has nothing before it to be told from."""
-    labels = torch.tensor(one.tokens)  # (n,)
-    labels[~torch.tensor(one.learnt)] = IGNORED
-    labels[0] = IGNORED
-    return labels

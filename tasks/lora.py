@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from rankfit.adapters.adapter import Adapter
 from rankfit.configs.settings import ConfigError
 from rankfit.tasks.model_sources import ModelError
+from rankfit.tasks.packing import IGNORED
 from rankfit.tasks.targets import is_linear, weight_shape
 
 #: The adapter that is trained, and the frozen second one.
@@ -212,10 +213,6 @@ def _inputs_to(
     return hook
 
 
-#: Label of a token that no loss is taken over.
-IGNORED = -100
-
-
 def target_shapes(
     model: PreTrainedModel, targets: Iterable[str], rank: int
 ) -> dict[str, tuple[int, int]]:
@@ -310,6 +307,18 @@ def learnt(labels: Tensor) -> int:
     if labels.dim() == 2:
         return int((labels[:, 1:] != IGNORED).sum())
     return len(labels)
+
+
+def set_training(model: nn.Module) -> None:
+    """Put a model into training mode, all but norms with running statistics (BatchNorm).
+
+    Those stay as the base has them: they are no parameters of anybody's, clients of a simulation
+    share them, and a batch of one has no variance.
+    """
+    model.train()
+    for module in model.modules():
+        if any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False)):
+            module.eval()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 from numpy.typing import NDArray
 
 from rankfit.configs.settings import RunSettings, derive
-from rankfit.tasks.data import Examples
+from rankfit.tasks.data import DataError, Examples
 
 Indices = NDArray[np.int64]
 
@@ -17,7 +17,7 @@ Indices = NDArray[np.int64]
 _DRAWS = 20
 
 
-class PartitionError(ValueError):
+class PartitionError(DataError):
     """A data set that cannot be dealt as the settings ask."""
 
 

@@ -34,6 +34,10 @@ _QUERY_VALUE = (
 _INPUTS = (("in_proj", "x_proj"), ("in_proj",))
 
 
+#: In a config, modules inside the body that the checkpoint lacks: they are new, like the head.
+NEW_MODULES = "new_modules"
+
+
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear | Conv1D]:
     """Whether a module is a matrix that LoRA adapts: Linear, or GPT-2's transposed Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
@@ -58,16 +62,19 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the modules beside the body: ``classifier``, ``score``, and what comes with them.
 
-    A language model has none: its output layer is pretrained, and often tied to the embedding.
+    So are those of the body that a checkpoint without a classifier lacks: the pooler of a masked
+    language model, before the classifier. A causal language model has none: its output layer is
+    pretrained, and often tied to the embedding.
     """
     if model.get_output_embeddings() is not None:
         return ()
     body = _body(model)
-    return tuple(
+    beside = [
         name
         for name, module in model.named_children()
         if name != body and next(module.parameters(), None) is not None
-    )
+    ]
+    return (*model.config.to_dict().get(NEW_MODULES, ()), *beside)
 
 
 def _body(model: PreTrainedModel) -> str:
@@ -130,12 +137,12 @@ def target_modules(model: PreTrainedModel, targets: str) -> tuple[str, ...]:
     """
     if layers := wrapped(model):  # for these targets, when it was loaded
         return tuple(f"{name}{INNER}" for name in layers)
-    heads = head_modules(model)
+    heads = tuple(f"{name}." for name in head_modules(model))
     output = model.get_output_embeddings()
     linear = [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and module is not output and name.partition(".")[0] not in heads
+        if is_linear(module) and module is not output and not f"{name}.".startswith(heads)
     ]
     if targets == "all-linear":
         chosen = linear

@@ -3,19 +3,24 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankfit.configs.settings import RunSettings, split_list
+from rankfit.configs.settings import RunSettings, split_list, split_names
+from rankfit.tasks.config import number_classes, own_classes, places, read_config
 from rankfit.tasks.data import Dataset, Encode, Examples, known_labels, read_data
-from rankfit.tasks.lora import chunks, free_cache, predict
 from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
 from rankfit.tasks.model_sources import source_fingerprint
+from rankfit.tasks.packing import check_packing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -91,22 +96,63 @@ class Task(ABC):
     @cached_property
     def labels(self) -> int:
         """Number of the model's outputs; read from the data only where the settings do not say."""
-        return known_labels(self.settings) or len(self._data.class_names)
+        known = known_labels(self.settings)
+        if known is not None and not (self._own_classes and self._sees_names):
+            return known
+        return len(self.class_names)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their ids; see :func:`config.number_classes`."""
+        if not self._classifies:
+            return self._data.class_names
+        return number_classes(self._data_names, self._own_classes, self.settings)
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes in the order of their ids."""
-        return self._data.class_names
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the model's outputs; () where there are none, or they are not known here."""
+        return self.class_names if self._classifies and self._sees_names else ()
+
+    @property
+    def _classifies(self) -> bool:
+        return self.settings.task.kind != "causal-lm" and (
+            self.settings.task.problem == "classification"
+        )
+
+    @property
+    def _sees_names(self) -> bool:
+        """Whether the classes' names are known: a server whose nodes hold the data may not."""
+        elsewhere = self.settings.partition.kind == "local" and self.data_path is None
+        return not elsewhere or bool(split_names(self.settings.data.class_names))
+
+    @property
+    def _data_names(self) -> tuple[str, ...]:
+        """Classes by the data's ids, from the settings where these name them."""
+        names = split_names(self.settings.data.class_names)
+        return names[: self.settings.data.classes or None] or self._data.class_names
+
+    @cached_property
+    def _own_classes(self) -> tuple[str, ...]:
+        """Classes that the base model names."""
+        return own_classes(read_config(self.settings.model)) if self._classifies else ()
 
     @cached_property
     def train(self) -> Split:
         """The training set."""
-        return self._split(self._data.train)
+        return self._split(self._numbered(self._data.train))
 
     @cached_property
     def test(self) -> Split:
         """The test set; empty for a node's own files that hold none, unless clients evaluate."""
-        return self._split(self._data.test)
+        return self._split(self._numbered(self._data.test))
+
+    def _numbered(self, examples: Examples) -> Examples:
+        """The same examples with the model's ids in place of the data's."""
+        if not self._own_classes:
+            return examples
+        ids = places(self._data_names, self.class_names)
+        assert ids is not None  # number_classes gave either these names or the model's
+        return replace(examples, labels=np.array(ids, dtype=np.int64)[examples.labels])
 
     def example_batch(self, batch_size: int) -> dict[str, TensorSpec]:
         """Describe the largest batch there can be, for an estimate of its memory."""
@@ -126,6 +172,9 @@ class Task(ABC):
         torch.OutOfMemoryError
             If not even one example fits.
         """
+        # Imported here: a check of the data should not wait for PEFT and transformers' models.
+        from rankfit.tasks.lora import free_cache
+
         while True:
             try:
                 return self._measure(model, split, rows, device, size)
@@ -141,6 +190,8 @@ class Task(ABC):
         self, model: nn.Module, split: Split, rows: Sequence[int], device: torch.device, size: int
     ) -> dict[str, float]:
         """Figures of one attempt."""
+        from rankfit.tasks.lora import chunks, predict
+
         batches = (split.collate(part) for part in chunks(split.alike(rows), size))
         return self.metrics(*predict(model, batches, device))
 
@@ -150,6 +201,17 @@ class Task(ABC):
         if self.settings.task.problem == "regression":
             return regression_metrics(logits, labels, names or ("pearson", "spearman"))
         return classification_metrics(logits, labels, names or DEFAULT)
+
+    def check_model(self, model: "PreTrainedModel") -> None:
+        """Refuse a loaded base that cannot do what the task asks of it.
+
+        Raises
+        ------
+        ModelError
+            If it does not keep packed examples apart.
+        """
+        if self.settings.task.packing:
+            check_packing(model, self.settings.data.max_length)
 
     @abstractmethod
     def _encoding(self) -> Encode:

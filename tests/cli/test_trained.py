@@ -212,7 +212,7 @@ def test_the_card_says_how_it_was_trained(runs: dict[str, Path], tmp_path: Path)
         "library_name: peft",
         "round 2 of 2, method rankfit",
         "AutoModelForSequenceClassification.from_pretrained(",
-        "num_labels=2",
+        "id2label={0: '0', 1: '1'}",
         "| clients that took part | 2 |",
         "| accuracy | ",
         'task.kind = "text-classification"',

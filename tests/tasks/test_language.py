@@ -16,7 +16,8 @@ from rankfit.tasks.base_model import ModelError, inject, load_base, target_modul
 from rankfit.tasks.data import DataError
 from rankfit.tasks.fisher import fisher_scores
 from rankfit.tasks.generation import log_likelihoods, write
-from rankfit.tasks.lora import IGNORED, learnt
+from rankfit.tasks.lora import learnt
+from rankfit.tasks.packing import IGNORED
 from rankfit.tasks.prompts import as_passage, segments
 
 RECORDS = [
@@ -245,7 +246,7 @@ def test_another_architecture_learns_and_scores_its_modules(tmp_path: Path) -> N
     model, data = tmp_path / "model", tmp_path / "data"
     data.mkdir()
     tokenizer = save_tokenizer(model, TEXTS)
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 256}
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 300}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(model)
     task = task_for(model, data)
     base = load_base(task.settings, task.labels)
