@@ -51,6 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TEXT = (
     "quickstart", "task.kind=text-classification", "model.source=./bert", "data.source=./data.json",
     "data.test=", "data.max-length=16", "lora.rank=4", "fleet.memory-mib=",
+    "simulation.clients=4", "partition.min-samples=1", "partition.kind=iid",
 )  # fmt: skip
 LANGUAGE = (
     "quickstart", "task.kind=causal-lm", "model.source=./opt", "data.source=./asked.json",
