@@ -11,7 +11,7 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 export FLWR_TELEMETRY_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-gpu lint format bench clean
+.PHONY: setup demo test test-gpu lint format bench audit clean
 
 setup: $(VENV)/.ready
 
@@ -49,5 +49,11 @@ format: setup
 bench: setup
 	@ls benchmarks/*.py
 
+# Known flaws in the pinned packages; asks PyPI's advisory service, and
+# fails for a package that it could not ask about.
+audit:
+	test -x .audit/bin/pip-audit || ($(PYTHON) -m venv .audit && .audit/bin/pip install -q pip-audit)
+	.audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
+
 clean:
-	rm -rf $(VENV) $(STUB_GPU) build dist
+	rm -rf $(VENV) $(STUB_GPU) .audit build dist

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankfit.adapters import names
+from rankfit.configs.faults import Faulty
 
 Arrays = dict[str, NDArray[np.generic]]
 #: By array, a hash of each of its directions.
@@ -15,8 +16,10 @@ Prints = Mapping[str, Sequence[bytes]]
 Places = dict[str, list[int]]
 
 
-class NotHeld(LookupError):
+class NotHeld(Faulty, LookupError):
     """What was left out is not held (any more)."""
+
+    code = "message-lost"
 
 
 def prints(arrays: Mapping[str, NDArray[np.generic]]) -> Prints:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rankfit.adapters import names
+from rankfit.configs.faults import Faulty
 
 WireType = Literal["float32", "float16", "bfloat16", "int8"]
 Arrays = dict[str, NDArray[np.generic]]
@@ -50,8 +51,10 @@ _NPY = re.compile(
 )
 
 
-class WireError(ValueError):
+class WireError(Faulty, ValueError):
     """Arrays that cannot be decoded."""
+
+    code = "message-bad"
 
 
 def encode(

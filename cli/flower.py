@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -69,6 +70,8 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _START_SECONDS = 60.0
+#: Without a terminal, a second Ctrl-C within this time stops the run.
+_SECOND_SECONDS = 5.0
 #: In the environment of everything that a simulation starts.
 _MARK = "RANKFIT_SIMULATION"
 
@@ -148,12 +151,14 @@ def local_superlink(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="rankfit-flwr-") as folder:
         port, control = free_ports(2)
         own = commands_first(env) | {"FLWR_HOME": folder, _MARK: folder}
+        # Ray's ports are open to other users of the machine: only who has this environment may act.
+        own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         connection = {"address": f"127.0.0.1:{port}", "insecure": True}
         config = {"superlink": {"default": "own", "own": connection}}
         (Path(folder) / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
         log_file = Path(folder) / "superlink.log"
         command = [
-            flower_command("flower-superlink"), "--insecure", "--simulation",
+            sys.executable, "-m", "rankfit.cli.superlink", "--insecure", "--simulation",
             "--host", "127.0.0.1", "--port", str(port),
             "--control-api-address", f"127.0.0.1:{control}",
         ]  # fmt: skip
@@ -169,6 +174,10 @@ def local_superlink(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
             process.wait()
 
 
+class Interrupted(FlowerError):
+    """The user pressed Ctrl-C; the message says what became of the run."""
+
+
 def run_app(
     app: Path, settings: RunSettings, env: Mapping[str, str], superlink: str | None
 ) -> None:
@@ -181,6 +190,8 @@ def run_app(
 
     Raises
     ------
+    Interrupted
+        After Ctrl-C: a simulation ends; about a run on the user's SuperLink it is asked.
     FlowerError
         If it could not be submitted, or finished other than ``completed`` (``flwr run --stream``
         itself exits 0 then).
@@ -193,7 +204,7 @@ def run_app(
         command += ["--run-config", str(file), "--stream"]
         if superlink is None:
             command += ["--federation-config", federation_config(settings)]
-        run_id = _stream(command, env)
+        run_id = _stream(command, env, superlink, _come_back(settings, superlink))
     status = _status(run_id, env, superlink)
     if status != "finished:completed":
         raise FlowerError(
@@ -219,12 +230,22 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
-def _stream(command: list[str], env: Mapping[str, str]) -> str:
+def _come_back(settings: RunSettings, superlink: str | None) -> str:
+    """The command that continues a run that was stopped."""
+    folder = Path(settings.run.directory) / settings.run.name
+    return f"rankfit resume {folder}" + (f" --superlink {superlink}" if superlink else "")
+
+
+def _stream(
+    command: list[str], env: Mapping[str, str], superlink: str | None, come_back: str
+) -> str:
     """Run a command, show its lines as they come, and find the run's id in them."""
     run_id = None
+    # In a session of its own: Ctrl-C is for this process, which asks what it is to do.
     process = subprocess.Popen(
-        command, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -233,6 +254,9 @@ def _stream(command: list[str], env: Mapping[str, str]) -> str:
             match = re.search(r"Successfully started run (\d+)", line)
             run_id = match.group(1) if match else run_id
         code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        raise Interrupted(_interrupted(run_id, env, superlink, come_back)) from None
     finally:
         if process.poll() is None:
             process.terminate()
@@ -240,6 +264,42 @@ def _stream(command: list[str], env: Mapping[str, str]) -> str:
     if run_id is None:
         raise FlowerError(f"`flwr run` could not submit the run (exit code {code}); see above")
     return run_id
+
+
+def _interrupted(
+    run_id: str | None, env: Mapping[str, str], superlink: str | None, come_back: str
+) -> str:
+    """Do what the user wants of a run after Ctrl-C, and say what that was."""
+    if superlink is None:
+        return f"stopped; go on with `{come_back}`"
+    if run_id is None:
+        return f"the run may have been submitted: see `flwr list {superlink}`"
+    if not _wants_to_stop(run_id):
+        return (
+            f"run {run_id} goes on at {superlink}: `flwr log {run_id} {superlink} --stream` shows "
+            f"it, `flwr stop {run_id} {superlink}` stops it"
+        )
+    command = [flower_command("flwr"), "stop", run_id, superlink]
+    done = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"run {run_id} could not be stopped: {(done.stdout + done.stderr).strip()}"
+    return f"run {run_id} is stopped; go on with `{come_back}`"
+
+
+def _wants_to_stop(run_id: str) -> bool:
+    """Ask; a second Ctrl-C means yes, as does one within some seconds where nobody can answer."""
+    question = f"Run {run_id} is under way. Stop it? [y/N; Ctrl-C again stops it] "
+    sys.stderr.write(f"\n{question}")
+    sys.stderr.flush()
+    try:
+        if sys.stdin is not None and sys.stdin.isatty():
+            return sys.stdin.readline().strip().lower() in ("y", "yes")
+        time.sleep(_SECOND_SECONDS)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.stderr.write("\n")
+    return False
 
 
 def _status(run_id: str, env: Mapping[str, str], superlink: str | None) -> str:

@@ -17,7 +17,7 @@ from rankfit.cli import api, estimate, node
 from rankfit.cli.calibrate import calibrate
 from rankfit.cli.checkpoints import evaluate, export, generate
 from rankfit.cli.compare import compare
-from rankfit.cli.flower import FlowerError
+from rankfit.cli.flower import FlowerError, Interrupted
 from rankfit.cli.memory_report import memory_report
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError
@@ -125,6 +125,9 @@ def main() -> None:
     logging.getLogger("rankfit.cli").setLevel(logging.INFO)
     try:
         app()
+    except Interrupted as error:
+        _errors.print(str(error), highlight=False, soft_wrap=True, markup=False)
+        sys.exit(130)
     except (ConfigError, FlowerError, DataError, ModelError) as error:
         show_error(str(error))
         sys.exit(1 if isinstance(error, FlowerError) else 2)

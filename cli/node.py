@@ -1,5 +1,6 @@
-"""``rankfit node``: what runs for this machine's SuperNodes between messages."""
+"""``rankfit node``: what runs for this machine's SuperNodes, and what their policy allows."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,11 +15,14 @@ app = typer.Typer(invoke_without_command=True, help="Workers of this machine's S
 
 @app.callback()
 def node(
+    context: typer.Context,
     stop_workers: Annotated[
         bool, typer.Option("--stop-workers", help="End all of this user's workers.")
     ] = False,
 ) -> None:
     """List the workers that keep a model for a SuperNode, or end them."""
+    if context.invoked_subcommand is not None:
+        return
     # Imported here: it needs Unix, and the rest of the command does not.
     from rankfit.client.worker_registry import PlaceError, places, stop
 
@@ -35,6 +39,34 @@ def node(
     for place in found:
         table.add_row(*_row(place))
     Console(markup=False).print(table)
+
+
+@app.command()
+def policy(
+    parts: Annotated[
+        list[str],
+        typer.Argument(metavar="PRESET… [KEY=VALUE…]", help="A run: presets and settings."),
+    ],
+    file: Annotated[
+        str, typer.Option("--policy", help="The policy file (default: that of a node without one).")
+    ] = "",
+    data_path: Annotated[
+        str | None, typer.Option(help="The node config's data-path, if it has one.")
+    ] = None,
+) -> None:
+    """Check what a run asks for against a node's policy; exits 1 if anything is refused."""
+    from rankfit.client.policy import Policy
+    from rankfit.configs.compose import compose
+
+    found = Policy.read(Path(file).expanduser()) if file else Policy()
+    refusals = list(found.refusals(compose(parts), data_path))
+    for refusal in refusals:
+        typer.echo(f"refused [{refusal.coded.code}]: {refusal}")
+    if refusals:
+        raise typer.Exit(1)
+    typer.echo("nothing is refused that the settings tell of")
+    for line in found.later():
+        typer.echo(f"checked on the node: {line}")
 
 
 def _row(place: "Place") -> tuple[str, ...]:

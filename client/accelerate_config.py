@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from rankfit.configs.settings import NodeConfigError
+
 #: Data parallelism, and none. What shards a model needs another memory model and other checkpoints.
 _KINDS = ("NO", "MULTI_GPU", "MULTI_CPU")
 
@@ -51,19 +53,19 @@ class DataParallel:
         try:
             config = _Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise ValueError(f"accelerate-config {path}: {error}") from error
+            raise NodeConfigError(f"accelerate-config {path}: {error}") from error
         if config.distributed_type not in _KINDS:
-            raise ValueError(
+            raise NodeConfigError(
                 f"accelerate-config {path}: distributed_type {config.distributed_type} is not "
                 f"supported; expected one of {', '.join(_KINDS)}"
             )
         if config.num_machines != 1:
-            raise ValueError(
+            raise NodeConfigError(
                 f"accelerate-config {path}: num_machines is {config.num_machines}; a client is one "
                 "machine, start a SuperNode on each"
             )
         if config.mixed_precision not in ("no", autocast):
-            raise ValueError(
+            raise NodeConfigError(
                 f"accelerate-config {path}: mixed_precision is {config.mixed_precision!r}, but "
                 f"train.autocast of the run is {autocast!r}, which plans were made for"
             )
@@ -71,7 +73,7 @@ class DataParallel:
         gpus = "" if config.gpu_ids == "all" else config.gpu_ids
         cpu = config.use_cpu or config.distributed_type == "MULTI_CPU"
         if size == 1 and (gpus or cpu):
-            raise ValueError(
+            raise NodeConfigError(
                 f"accelerate-config {path}: of one process, gpu_ids and use_cpu are not read; set "
                 "CUDA_VISIBLE_DEVICES for the SuperNode, and leave accelerate-config out"
             )

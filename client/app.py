@@ -8,19 +8,31 @@ live on, and do the work themselves. See docs/warm-client.md.
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 
 from rankfit.adapters.delta import Arrays, fill_in
 from rankfit.client.accelerate_config import DataParallel
-from rankfit.client.device import Held, Placement, device_report
+from rankfit.client.device import Held, Placement, device_report, partition_of_node
+from rankfit.client.policy import NotAllowed, Policy
 from rankfit.client.worker_protocol import Answer, Kind, Request
-from rankfit.configs.settings import RunSettings, from_flat
+from rankfit.configs.faults import Fault, fault_of
+from rankfit.configs.settings import NodeConfigError, RunSettings, from_flat
 from rankfit.estimator.device_report import DeviceReport
 
 if TYPE_CHECKING:
@@ -36,11 +48,50 @@ _PER_MESSAGE = "flwr-clientapp"
 _HELD = "held"
 #: Record of the node's state: settings of this run that it said it does not use.
 _TOLD = "not-used"
+#: Flower's code for an error of the app.
+_RAISED = 2
+
+Handler = Callable[[Message, Context], Message]
+
+
+def _coded(handler: Handler) -> Handler:
+    """Answer with a fault where a handler raises.
+
+    Flower would send an exception's text to the server, which may hold what the data holds. The
+    text goes to this process's log, and out only where the node's policy says so.
+    """
+
+    @wraps(handler)
+    def handled(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except Exception as error:  # noqa: BLE001 - whatever model, data and libraries can raise
+            fault = fault_of(error)
+            code, kind = fault.code, message.metadata.message_type
+            if code.startswith(("policy-", "node-")):
+                log.warning("%s refused [%s]: %s", kind, code, " ".join(fault.text.split()))
+            else:
+                log.error("%s failed [%s]", kind, code, exc_info=error)
+        text = fault.text if _tells(context) else ""
+        told = Fault(fault.code, fault.row, fault.kind, " ".join(text.split()))
+        return Message(Error(_RAISED, told.written()), reply_to=message)
+
+    return handled
+
+
+def _tells(context: Context) -> bool:
+    """Whether the owner of this node lets texts out."""
+    try:
+        return Policy.of_node(context.node_config).texts
+    except Exception:  # noqa: BLE001 - what cannot be read allows nothing
+        return False
 
 
 @app.query("capabilities")
+@_coded
 def capabilities(message: Message, context: Context) -> Message:
     """Answer with the device report; a worker may begin to load what training will need."""
+    _allowed(context)
     _tell_ignored(context)
     order = _order(context)
     partition, shared = _place(context)
@@ -67,6 +118,7 @@ def capabilities(message: Message, context: Context) -> Message:
 
 
 @app.query("finish")
+@_coded
 def finish(message: Message, context: Context) -> Message:
     """The run is over for this client: its worker ends, if it has one."""
     order = _order(context)
@@ -78,6 +130,7 @@ def finish(message: Message, context: Context) -> Message:
 
 
 @app.train()
+@_coded
 def train(message: Message, context: Context) -> Message:
     """Train at the plan that came with the message, and return what moved."""
     answer = _perform("train", message, context)
@@ -85,7 +138,7 @@ def train(message: Message, context: Context) -> Message:
     content = RecordDict(
         {
             "adapter": ArrayRecord({name: Array(array) for name, array in answer.arrays.items()}),
-            "metrics": MetricRecord(dict(answer.metrics)),
+            "metrics": MetricRecord({**_policy(context).let_out(answer.metrics)}),
             "update": ConfigRecord({"round": plan["round"], "run": plan["run"]}),
         }
     )
@@ -93,15 +146,17 @@ def train(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
+@_coded
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the global adapter on the client's own data."""
     answer = _perform("evaluate", message, context)
-    content = RecordDict({"metrics": MetricRecord(dict(answer.metrics))})
+    content = RecordDict({"metrics": MetricRecord({**_policy(context).let_out(answer.metrics)})})
     return Message(content, reply_to=message)
 
 
 def _perform(kind: Kind, message: Message, context: Context) -> Answer:
-    """Do what a message asks: in the worker, or here."""
+    """Do what a message asks, if the node allows it: in the worker, or here."""
+    _allowed(context)
     order = _order(context)
     if order is not None:
         from rankfit.client import worker_proxy as messenger
@@ -113,12 +168,13 @@ def _perform(kind: Kind, message: Message, context: Context) -> Answer:
     from rankfit.client.request_handler import perform
     from rankfit.client.workspace import workspace
 
-    space = workspace(_settings(context), _data_path(context))
+    space = workspace(_settings(context), _data_path(context), _policy(context))
     return perform(space, _request(kind, message, context, report))
 
 
 def _request(kind: Kind, message: Message, context: Context, report: DeviceReport) -> Request:
     plan = cast(ConfigRecord, message.content["plan"])
+    _policy(context).check_plan(int(cast(int, plan.get("peak-bytes", 0))))
     arrays = _arrays(message, context)
     partition, partitions = _place(context)
     return Request(
@@ -186,7 +242,17 @@ def _order(context: Context) -> "Order | None":
         settings=settings,
         data_path=_data_path(context),
         group=_group(context),
+        policy=_policy(context),
     )
+
+
+def _policy(context: Context) -> Policy:
+    return Policy.of_node(context.node_config)
+
+
+def _allowed(context: Context) -> None:
+    """Refuse a run that asks for what this node does not allow."""
+    _policy(context).check(_settings(context), _data_path(context))
 
 
 def _group(context: Context) -> DataParallel:
@@ -197,7 +263,7 @@ def _group(context: Context) -> DataParallel:
     settings = _settings(context)
     group = DataParallel.of_file(Path(str(path)).expanduser(), settings.train.autocast)
     if group.size > 1 and not _warm(settings, context):
-        raise ValueError(
+        raise NodeConfigError(
             f"accelerate-config {path} asks for {group.size} processes, which only a worker starts "
             "(docs/warm-client.md); client.warm is 'off', or Flower keeps one from running here"
         )
@@ -219,6 +285,7 @@ def _report(
         worker=worker,
         group=_group(context),
         placement=placement,
+        most_bytes=_policy(context).memory_bytes,
     )
 
 
@@ -268,14 +335,36 @@ def _data_path(context: Context) -> str | None:
 
 
 def _place(context: Context) -> tuple[int | None, int]:
-    """Position of this node among those that share a data set, and their number."""
-    config = context.node_config
-    if "partition-id" not in config:
+    """Position of this node among those that share a data set, and their number.
+
+    Raises
+    ------
+    NotAllowed
+        If the run deals one data set to several clients and nothing says which part is this
+        node's: it would train on everybody's.
+    """
+    config, settings = context.node_config, _settings(context)
+    dealt = settings.partition.kind != "local"
+    place = partition_of_node(config)
+    if place is None:
+        if dealt and _data_path(context) is None:
+            raise NotAllowed(
+                f"partition.kind is {settings.partition.kind!r}, and this node has no partition-id",
+                fault="node-partition",
+            )
         return None, 1
-    count = config.get("num-partitions")
-    if count is None and _settings(context).partition.kind != "local":
-        raise ValueError(
-            f"node config has partition-id={config['partition-id']} and no num-partitions; say how "
-            "many nodes share the data set: --node-config 'partition-id=0 num-partitions=2'"
+    if not dealt:
+        return place, int(config.get("num-partitions", 1))
+    if "num-partitions" not in config:
+        raise NotAllowed(
+            f"node config has partition-id={place} and no num-partitions; say how many nodes share "
+            "the data set: --node-config 'partition-id=0 num-partitions=2'",
+            fault="node-partitions",
         )
-    return int(config["partition-id"]), int(count or 1)
+    count = int(config["num-partitions"])
+    if not place < count:
+        raise NotAllowed(
+            f"node config partition-id={place} num-partitions={count}: parts count from 0",
+            fault="node-partitions",
+        )
+    return place, count

@@ -23,14 +23,17 @@ import rankfit
 from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.worker_protocol import FrameError, Request, receive_frame, send_frame
 from rankfit.client.worker_registry import Order, Place
+from rankfit.configs.faults import Faulty
 from rankfit.tasks.lora import training_device
 
 if TYPE_CHECKING:
     from rankfit.client.workspace import Workspace
 
 
-class OtherFailed(RuntimeError):
+class OtherFailed(Faulty, RuntimeError):
     """Another process of the group failed; its own log line says how."""
+
+    code = "worker-group"
 
 
 class Group:
@@ -57,12 +60,23 @@ class Group:
         return cls(1, 0, training_device())
 
     @classmethod
-    def joined(cls, *, cpu: bool) -> "Group":
-        """Join the group that the environment names; waits for the others."""
+    def joined(cls, meeting_place: Path, *, cpu: bool) -> "Group":
+        """Join the group that the environment names; waits for the others.
+
+        They find one another through a file: torch's own store would listen on every interface of
+        the machine.
+        """
         from accelerate import PartialState
 
         # A process that dies ends the group (crew.py): no wait of a living one is too long.
-        state = PartialState(cpu=cpu, timeout=timedelta(days=1))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        state = PartialState(
+            cpu=cpu,
+            timeout=timedelta(days=1),
+            store=distributed.FileStore(str(meeting_place), size),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=size,
+        )
         return cls(state.num_processes, state.process_index, state.device)
 
     @property
@@ -157,6 +171,7 @@ _PROGRAM = (
 )
 #: What all processes do; the worker alone evaluates.
 _SHARED = ("prefetch", "train")
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 #: A process that dies breaks the exchange of gradients at once; its end is read within this time.
 _NOTICE_SECONDS = 1.0
 #: Once it is read, ``on_end`` ends this process within it.
@@ -179,14 +194,14 @@ class Crew:
     def __init__(self, place: Place, order: Order, on_end: Callable[[str], None]) -> None:
         self._limit = order.limit_bytes
         self._sockets: list[socket.socket] = []
-        os.environ.update(_environment(order.group, 0, _free_port()))
+        os.environ.update(_environment(order.group, 0))
         root = Path(rankfit.__file__).resolve().parents[1]
         for rank in range(1, order.group.size):
             mine, theirs = socket.socketpair()
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, str(root), str(place.folder)],
                 stdin=theirs.fileno(),
-                env=os.environ | _environment(order.group, rank, int(os.environ["MASTER_PORT"])),
+                env=os.environ | _environment(order.group, rank),
             )
             theirs.close()
             self._sockets.append(mine)
@@ -211,20 +226,21 @@ class Crew:
             time.sleep(_END_SECONDS)
 
 
-def grouped(order: Order) -> "Workspace":
+def grouped(order: Order, place: Place) -> "Workspace":
     """Return the workspace of this process, its group joined."""
     from rankfit.client.data_parallel import Group
     from rankfit.client.workspace import workspace
 
-    space = workspace(order.settings, order.data_path)
+    space = workspace(order.settings, order.data_path, order.policy)
     if order.group.size > 1:
-        space.group = Group.joined(cpu=order.group.cpu)
+        space.group = Group.joined(place.folder / "store", cpu=order.group.cpu)
     return space
 
 
 def main() -> None:
     """Entry point of the others; the one argument is the worker's folder."""
-    order = Place(Path(sys.argv[1])).read().order
+    place = Place(Path(sys.argv[1]))
+    order = place.read().order
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
     )
@@ -234,7 +250,7 @@ def main() -> None:
     threading.Thread(target=_listen, args=(listener, order.limit_bytes, requests)).start()
     from rankfit.client.request_handler import perform
 
-    space = grouped(order)
+    space = grouped(order, place)
     space.open_device()
     while True:
         request = requests.get()
@@ -265,20 +281,16 @@ def _wait(process: "subprocess.Popen[bytes]", name: str, on_end: Callable[[str],
     on_end(f"{name} ended with {code}")
 
 
-def _environment(group: DataParallel, rank: int, port: int) -> dict[str, str]:
+def _environment(group: DataParallel, rank: int) -> dict[str, str]:
     """What Accelerate and torch read in a process of a group."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(group.size),
         "LOCAL_WORLD_SIZE": str(group.size),
+        # Accelerate asks for the first; what the processes exchange stays on the machine.
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": _LOOPBACK,
+        "NCCL_SOCKET_IFNAME": _LOOPBACK,
         "ACCELERATE_USE_CPU": str(group.cpu).lower(),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.host import Memory, host_memory, processor_name
 from rankfit.client.nvml import Gpu, NoGpu, find_gpu, find_gpus
-from rankfit.configs.settings import Fleet, RunSettings, Scalar, split_numbers
+from rankfit.configs.settings import Fleet, NodeConfigError, RunSettings, Scalar, split_numbers
 from rankfit.estimator.device_report import Accelerator, DeviceReport, Source
 
 MIB = 2**20
@@ -71,6 +71,7 @@ def device_report(
     worker: Held | None = None,
     group: DataParallel | None = None,
     placement: Placement | None = None,
+    most_bytes: int | None = None,
 ) -> DeviceReport:
     """Measure this client's device, or take what its node config or the fleet declares.
 
@@ -94,6 +95,8 @@ def device_report(
         Where several GPUs train for this client; a declared memory is then that of each.
     placement : Placement or None
         In a simulation with GPUs: the report then holds for each that the client may be put on.
+    most_bytes : int or None
+        What the node's policy allows; a larger declaration counts as this.
 
     Raises
     ------
@@ -104,6 +107,9 @@ def device_report(
         CPU with the reason in ``note``.
     """
     profile = _declared(node_config, settings.fleet)
+    if most_bytes is not None:
+        most = most_bytes / MIB
+        profile = replace(profile, memory_mib=min(profile.memory_mib or most, most))
     own = worker or Held(os.getpid(), 0)
     if group and group.size > 1:
         device = _of_group(own, group)
@@ -141,7 +147,7 @@ def _of_group(own: Held, group: DataParallel) -> _Device:
         environment["CUDA_VISIBLE_DEVICES"] = group.gpus
     gpus = find_gpus(environment, own.pid, group.size)
     if isinstance(gpus, NoGpu):
-        raise ValueError(f"accelerate-config asks for {group.size} GPUs: {gpus.reason}")
+        raise NodeConfigError(f"accelerate-config asks for {group.size} GPUs: {gpus.reason}")
     devices = [_of_gpu(gpu, own.gpu_bytes) for gpu in gpus]
     tightest = min(devices, key=lambda device: device.memory.free_bytes)
     return replace(tightest, uuid=",".join(device.uuid for device in devices))
@@ -227,7 +233,7 @@ def _budget(device: _Device, declared_mib: float | None) -> tuple[Memory, Source
 
 def _declared(node_config: Mapping[str, Scalar], fleet: Fleet) -> _Profile:
     """Declared figures: the node config's, else the item of the fleet's lists for its partition."""
-    partition = _partition(node_config)
+    partition = partition_of_node(node_config)
     dealt = {
         "memory-mib": _dealt(fleet.memory_mib, partition, "fleet.memory-mib"),
         "upload-mbps": _dealt(fleet.upload_mbps, partition, "fleet.upload-mbps"),
@@ -253,20 +259,20 @@ def _dealt(text: str, partition: int | None, key: str) -> float | None:
 def _figure(key: str, value: Scalar) -> float:
     """Check one declared figure."""
     if isinstance(value, str | bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(
+        raise NodeConfigError(
             f"node config {key}={value!r}: expected a number above 0; write for instance "
             f"--node-config '{key}=4096', without quotes around the number, or leave it out"
         )
     return float(value)
 
 
-def _partition(node_config: Mapping[str, Scalar]) -> int | None:
+def partition_of_node(node_config: Mapping[str, Scalar]) -> int | None:
     """Partition of this node, None if it has none."""
     value = node_config.get("partition-id")
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(
+        raise NodeConfigError(
             f"node config partition-id={value!r}: expected a whole number from 0; write for "
             "instance --node-config 'partition-id=0 num-partitions=2'"
         )
@@ -283,12 +289,12 @@ def _client_name(node_config: Mapping[str, Scalar], uuid: str, node_id: int) -> 
     if "client-name" in node_config:
         name = node_config["client-name"]
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(
+            raise NodeConfigError(
                 f"node config client-name={name!r}: expected text; write for instance "
                 "--node-config 'client-name=\"berlin-1\"'"
             )
         return name.strip()
-    partition = _partition(node_config)
+    partition = partition_of_node(node_config)
     if partition is not None:
         return f"partition-{partition}"
     return f"{socket.gethostname()}-{uuid or node_id}"

@@ -13,6 +13,7 @@ from typing import Any
 import pynvml
 
 from rankfit.client.host import Memory
+from rankfit.configs.settings import NodeConfigError
 
 _INDEX = re.compile(r"[+-]?[0-9]+")
 
@@ -243,7 +244,7 @@ def _refuse_unlike(text: str | None, gpus: Sequence[_Listed]) -> None:
     if len({gpu.kind for gpu in readable}) > 1:
         names = ", ".join(f"{gpu.kind[0]} {gpu.uuid}" for gpu in readable)
         shown = "not set" if text is None else repr(text)
-        raise ValueError(
+        raise NodeConfigError(
             f"CUDA_VISIBLE_DEVICES is {shown} on a machine whose GPUs differ ({names}): CUDA "
             "numbers them fastest first, which NVML does not tell; expected a GPU's UUID in "
             "CUDA_VISIBLE_DEVICES, or CUDA_DEVICE_ORDER=PCI_BUS_ID"

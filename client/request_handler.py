@@ -20,6 +20,8 @@ def perform(workspace: Workspace, request: Request) -> Answer:
     ------
     WrongBase
         If the server plans for another base model.
+    NotAllowed
+        If the node's policy does not allow it.
     torch.OutOfMemoryError
         If not even the smallest plan fits.
     """
@@ -39,12 +41,14 @@ def perform(workspace: Workspace, request: Request) -> Answer:
 
 def _train(workspace: Workspace, request: Request) -> Answer:
     run = str(request.plan["run"])
+    samples = workspace.samples(request.partition, request.partitions)
+    workspace.policy.check_samples(len(samples))
     job = trainer.Job(
         client=str(request.plan["client"]),
         round=cast(int, request.plan["round"]),
         plan=Plan.from_dict(request.plan),
         adapter=_adapter(request),
-        samples=workspace.samples(request.partition, request.partitions),
+        samples=samples,
         cap_bytes=request.cap_bytes,
         own_head=workspace.head_store(request.partition, run),
         moments=workspace.moment_store(request.partition, run),
@@ -61,6 +65,7 @@ def _train(workspace: Workspace, request: Request) -> Answer:
 
 def _evaluate(workspace: Workspace, request: Request) -> Answer:
     samples = workspace.test_samples(request.partition, request.partitions)
+    workspace.policy.check_samples(len(samples))
     store = workspace.head_store(request.partition, str(request.plan["run"]))
     head = store.load(cast(int, request.plan["round"]) + 1) if store else None
     precision = str(request.plan["precision"])

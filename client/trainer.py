@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.rates import WHOLE, Rates
 from rankfit.client.memory_meter import meter_of
+from rankfit.client.policy import NotAllowed
 from rankfit.client.regularizers import (
     Penalty,
     Proximal,
@@ -29,6 +30,7 @@ from rankfit.client.workspace import ClientStore, Workspace
 from rankfit.configs.settings import RunSettings, derive, learning_rate
 from rankfit.estimator.plan import Plan
 from rankfit.tasks.base_model import DTYPES, eject, inject
+from rankfit.tasks.data import DataError
 from rankfit.tasks.fisher import fisher_scores
 from rankfit.tasks.lora import (
     TAIL,
@@ -183,7 +185,7 @@ def train(workspace: Workspace, job: Job) -> Trained:
         If not even micro-batch 1 at rank 1 fits.
     """
     if not len(job.samples):
-        raise ValueError(f"client {job.client!r} has no training samples")
+        raise DataError(f"client {job.client!r} has no training samples", fault="data-empty")
     began = time.monotonic()
     plan, failures = job.plan, 0
     while True:
@@ -235,11 +237,13 @@ def evaluate(
 
     Raises
     ------
-    ValueError
+    DataError
         If it has none.
     """
     if not len(samples):
-        raise ValueError("this client has no test samples: give its data a test part")
+        raise DataError(
+            "this client has no test samples: give its data a test part", fault="data-empty"
+        )
     settings = workspace.settings
     heads = workspace.heads
     if own_head is not None:
@@ -379,7 +383,13 @@ def _fit(
     meter = meter_of(workspace.device, job.cap_bytes, model, optimizer, group.size)
     scaler = loss_scaler(settings, plan.precision, workspace.device)
     loss_sum, seen, steps, skipped = 0.0, 0.0, 0, 0
+    minutes, began = workspace.policy.work.minutes, time.monotonic()
     for batch in _batches(settings, job):
+        if minutes and time.monotonic() - began > 60 * minutes:
+            raise NotAllowed(
+                f"{steps} steps took the {minutes:g} minutes of the policy's work.minutes",
+                fault="policy-minutes",
+            )
         # Encoded before the step: what the data set itself holds is no memory of the step.
         own = group.share(batch)
         waiting = [workspace.task.train.collate(part) for part in chunks(own, plan.micro_batch)]

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from rankfit.client.worker_protocol import (
     send_frame,
 )
 from rankfit.client.worker_registry import Place, Start, Watched
+from rankfit.configs.faults import Faulty, fault_of
 
 if TYPE_CHECKING:
     from rankfit.client.workspace import Workspace
@@ -116,8 +118,10 @@ _BACKLOG = 64
 _READ_SECONDS = 60.0
 
 
-class Refused(RuntimeError):
+class Refused(Faulty, RuntimeError):
     """A message that is not served."""
+
+    code = "message-bad"
 
 
 class Worker:
@@ -169,7 +173,7 @@ class Worker:
         except (FrameError, Refused, ValueError) as error:
             if not isinstance(error, Closed):
                 log.warning("refused a message: %s", error)
-                self._reply(connection, {"error": type(error).__name__, "reason": str(error)})
+                self._reply(connection, _told(error))
             return False
         except OSError as error:
             log.warning("a connection failed before its message had come: %s", error)
@@ -203,7 +207,7 @@ class Worker:
             log.exception("%s: failed", what)
             if self._crew is not None:
                 self._crew.settle()
-            return {"error": type(error).__name__, "reason": str(error)}, Answer()
+            return _told(error), Answer()
         log.info("%s: done in %.2f s", what, time.monotonic() - began)
         return {"metrics": dict(answer.metrics)}, answer
 
@@ -218,7 +222,7 @@ class Worker:
             self._crew = Crew(self._place, order, self._life.end)
         if self._workspace is None:
             before = _free_gpu_bytes()
-            self._workspace = grouped(order)
+            self._workspace = grouped(order, self._place)
             self._workspace.open_device()
             self._context_bytes = max(before - _free_gpu_bytes(), 0)
         if self._crew is not None:
@@ -238,7 +242,7 @@ class Worker:
             )
         except FrameError as error:
             log.error("%s", error)
-            self._reply(connection, {"error": "FrameError", "reason": str(error)})
+            self._reply(connection, _told(error))
         except OSError as error:
             log.warning("nobody takes the answer: %s", error)
 
@@ -256,6 +260,11 @@ def _free_gpu_bytes() -> int:
     """What NVML says is free on the GPU that CUDA shows this process; 0 where it does not."""
     gpu = find_gpu(os.environ, os.getpid())
     return gpu.memory.free_bytes if isinstance(gpu, Gpu) and gpu.memory else 0
+
+
+def _told(error: Exception) -> dict[str, object]:
+    """An error as the messenger is told of it: neither leaves the machine with its text."""
+    return {"error": type(error).__name__, **asdict(fault_of(error))}
 
 
 def _ranks(request: Request) -> str:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from rankfit.configs.faults import Faulty
+
 Kind = Literal["prefetch", "train", "evaluate", "finish"]
 Arrays = Mapping[str, NDArray[np.generic]]
 Metrics = Mapping[str, int | float]
@@ -93,8 +95,10 @@ _CHUNK = 2**20
 MAX_HEADER_BYTES = 4 * 2**20
 
 
-class FrameError(RuntimeError):
+class FrameError(Faulty, RuntimeError):
     """Bytes that are no frame, or one that is larger than allowed."""
+
+    code = "message-size"
 
 
 class Closed(FrameError):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import rankfit
 from rankfit.client.device import Held
@@ -31,6 +32,7 @@ from rankfit.client.worker_registry import (
     places,
     sweep,
 )
+from rankfit.configs.faults import Fault, Faulty
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,10 @@ _PROGRAM = (
 )
 
 
-class WorkerError(RuntimeError):
+class WorkerError(Faulty, RuntimeError):
     """A worker answered with an error, died, or could not be started; names its log."""
+
+    code = "worker-start"
 
 
 def ask(order: Order, request: Request, uuid: str = "") -> Answer:
@@ -211,7 +215,11 @@ def _finish(place: Place, order: Order) -> None:
 
 def _raise_error(header: dict[str, object], place: Place) -> None:
     if "error" in header:
-        raise WorkerError(f"{header['error']}: {header.get('reason', '')} ({_log_of(place)})")
+        fault = Fault(
+            str(header["code"]), cast(int | None, header["row"]), str(header["kind"]),
+            f"{header['error']}: {header['text']} ({_log_of(place)})",
+        )  # fmt: skip
+        raise WorkerError.of(fault)
 
 
 def _died(request: Request, place: Place) -> WorkerError:
@@ -222,7 +230,8 @@ def _died(request: Request, place: Place) -> WorkerError:
     number = request.plan.get("round", "?")
     return WorkerError(
         f"the worker died during {request.kind} of round {number} (killed, or out of memory): this "
-        f"update is lost, and the next message starts another worker; {where}"
+        f"update is lost, and the next message starts another worker; {where}",
+        fault="worker-died",
     )
 
 

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rankfit.client.accelerate_config import DataParallel
+from rankfit.client.policy import Policy, everything
 from rankfit.client.worker_protocol import Request
+from rankfit.configs.faults import Faulty
 from rankfit.configs.settings import RunSettings, from_flat, to_flat
 
 
@@ -72,8 +74,10 @@ _REMOVALS = 3
 _HIDDEN = "."
 
 
-class PlaceError(RuntimeError):
+class PlaceError(Faulty, RuntimeError):
     """The folder of sockets cannot be used."""
+
+    code = "worker-start"
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Order:
         The node's own data folder.
     group : DataParallel
         The processes that train together.
+    policy : Policy
+        What the node allows.
     """
 
     run_id: int
@@ -100,6 +106,7 @@ class Order:
     settings: RunSettings
     data_path: str | None
     group: DataParallel = field(default_factory=DataParallel)
+    policy: Policy = field(default_factory=everything)
 
     @property
     def node_key(self) -> str:
@@ -161,6 +168,7 @@ class Place:
             "settings": to_flat(order.settings),
             "data-path": order.data_path,
             "group": asdict(order.group),
+            "policy": order.policy.model_dump(),
             "token": start.token,
             "log": str(start.log),
             "prefetch": start.prefetch.header() if start.prefetch else None,
@@ -177,6 +185,7 @@ class Place:
             from_flat(record["settings"]),
             record["data-path"],
             DataParallel(**record["group"]),
+            Policy.model_validate(record["policy"]),
         )
         prefetch = Request.from_header(record["prefetch"], {}) if record["prefetch"] else None
         return Start(order, record["token"], Path(record["log"]), prefetch)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankfit.client.data_parallel import Group
+from rankfit.client.policy import Kept, Policy, everything, kept_folder
+from rankfit.configs.faults import Faulty
 from rankfit.configs.learning import QUANTIZED
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks import load_task
@@ -52,20 +54,17 @@ class ClientStore:
     def of(
         cls,
         settings: RunSettings,
-        kind: Literal["heads", "moments"],
+        kind: Kept,
         partition: int | None,
         data_path: str | None,
         run: str = "",
     ) -> "ClientStore":
         """The store of the client that holds a partition, or a folder of its own."""
-        root = Path(settings.run.directory).expanduser() / settings.run.name / kind
-        if kind == "heads" and settings.head.directory:
-            root = Path(settings.head.directory).expanduser()
         name = "node" if partition is None else f"partition-{partition}"
         if data_path is not None:
             place = str(Path(data_path).expanduser().absolute())
             name += "-" + hashlib.sha256(place.encode()).hexdigest()[:12]
-        return cls(root / name, run)
+        return cls(kept_folder(settings, kind) / name, run)
 
     def load(self, before: int) -> dict[str, Tensor] | None:
         """The newest tensors of a round below ``before``; None if there are none."""
@@ -104,8 +103,10 @@ class ClientStore:
 log = logging.getLogger(__name__)
 
 
-class WrongBase(RuntimeError):
+class WrongBase(Faulty, RuntimeError):
     """The base model of this client is not the one that the server plans for."""
+
+    code = "model-differs"
 
 
 @dataclass
@@ -118,12 +119,15 @@ class Workspace:
         The run.
     data_path : str or None
         The node's own data folder, where it has one.
+    policy : Policy
+        What the node allows.
     group : Group
         The processes that train together.
     """
 
     settings: RunSettings
     data_path: str | None
+    policy: Policy = field(default_factory=everything)
     group: Group = field(default_factory=Group.alone)
     _partitions: dict[int, list[NDArray[np.int64]]] = field(default_factory=dict)
     #: The base by its precision. One lies on the training device, the others on the host.
@@ -133,7 +137,11 @@ class Workspace:
     @cached_property
     def task(self) -> Task:
         """The task, its data encoded."""
-        return load_task(self.settings, data_path=self.data_path)
+        return load_task(
+            self.settings,
+            data_path=self.data_path,
+            access=self.policy.access(self.data_path),
+        )
 
     @property
     def base(self) -> PreTrainedModel:
@@ -248,7 +256,10 @@ class Workspace:
         ------
         WrongBase
             If the fingerprints differ.
+        NotAllowed
+            If the node's policy does not name it.
         """
+        self.policy.check_fingerprint(self.fingerprint)
         if self.fingerprint != expected:
             raise WrongBase(
                 f"the base model {self.settings.model.source!r} of this client (fingerprint "
@@ -290,7 +301,7 @@ class Workspace:
 
 
 @lru_cache(maxsize=1)
-def workspace(settings: RunSettings, data_path: str | None) -> Workspace:
+def workspace(settings: RunSettings, data_path: str | None, policy: Policy) -> Workspace:
     """Return the workspace of this process for a run; another run replaces it."""
     torch.set_num_threads(settings.train.threads)
-    return Workspace(settings, data_path)
+    return Workspace(settings, data_path, policy)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from rankfit.configs.faults import Faulty
 from rankfit.configs.learning import (
     BITS,
     TORCH_ADAMW,
@@ -33,10 +34,12 @@ from rankfit.configs.learning import (
 )
 
 __all__ = [
+    "OWNER",
     "ConfigError",
     "Data",
     "Head",
     "Model",
+    "NodeConfigError",
     "Partition",
     "RunSettings",
     "Scalar",
@@ -52,10 +55,20 @@ __all__ = [
 ]
 
 Scalar = str | int | float | bool
+#: As a node config's ``policy``: whoever runs the process owns the data (client/policy.py).
+OWNER = "owner"
 
 
-class ConfigError(ValueError):
+class ConfigError(Faulty, ValueError):
     """A setting that is unknown or has a value that cannot be used."""
+
+    code = "settings"
+
+
+class NodeConfigError(ConfigError):
+    """A value of a node's own config that cannot be used."""
+
+    code = "node-config"
 
 
 class Run(Table):
@@ -309,6 +322,12 @@ class Server(Table):
         "uniform",
         "Clients of a round are drawn with equal chances, or in proportion to their "
         "samples (and then weigh the same).",
+    )
+    bind_names: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "A client's name belongs to the node that first used it in the run, with SuperNode "
+        "authentication to its key (`auto` = in a deployment; nodes of a simulation, and nodes "
+        "without keys, have other ids when they come back).",
     )
     optimizer: Literal["none", "sgd", "momentum", "adam"] = setting(
         "none",

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -281,7 +282,7 @@ def _library() -> ctypes.CDLL | None:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     path = Path(base) / "rankfit" / "native" / f"replay-{name}.so"
     try:
-        if not path.exists():
+        if not _own(path):
             _build(path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
@@ -289,14 +290,35 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
+def _own(path: Path) -> bool:
+    """Whether the file is there, made by this user and open to nobody else's changes.
+
+    Raises
+    ------
+    OSError
+        If it, or its folder, belongs to another user: what lies there is not run.
+    """
+    for each in (path.parent, path):
+        if not os.path.lexists(each):
+            return False
+        found = each.lstat()
+        if found.st_uid != os.getuid() or stat.S_ISLNK(found.st_mode):
+            raise OSError(f"{each} is not this user's own; remove it")
+        if found.st_mode & 0o022:
+            return False  # others could have put something there: made anew
+    return True
+
+
 def _build(path: Path) -> None:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("no C compiler found")
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o700)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, built = Path(folder) / "replay.c", Path(folder) / "replay.so"
         source.write_text(_SOURCE)
         command = [compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
+        built.chmod(0o700)
         built.replace(path)  # another process may build it too

@@ -5,7 +5,6 @@ message is handled at each look for replies, in order, so that a run is determin
 that is cut short by its deadline is cut like on a network.
 """
 
-import traceback
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,7 +13,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from rankfit.configs.settings import Scalar
+from rankfit.configs.faults import fault_of
+from rankfit.configs.settings import OWNER, Scalar
 
 #: Handles one message on one node; Flower's ClientApp is one.
 Handler = Callable[[Message, Context], Message]
@@ -32,7 +32,8 @@ class InProcessGrid(Grid):
     run_config : dict[str, Scalar]
         What the nodes see as run config.
     node_configs : Sequence[dict[str, Scalar]]
-        One node each; ids count from 1000.
+        One node each; ids count from 1000. Whoever runs this process owns their data, unless one
+        names a ``policy``.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class InProcessGrid(Grid):
             1000 + index: Context(
                 run_id=1,
                 node_id=1000 + index,
-                node_config=dict(config),
+                node_config={"policy": OWNER, **config},
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
@@ -105,5 +106,5 @@ class InProcessGrid(Grid):
         """Run the app; an exception becomes an error reply, as Flower's own backends do."""
         try:
             return self._client_app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception:  # noqa: BLE001 - whatever an app raises
-            return Message(Error(_CLIENT_RAISED, traceback.format_exc()), reply_to=message)
+        except Exception as error:  # noqa: BLE001 - whatever an app raises
+            return Message(Error(_CLIENT_RAISED, fault_of(error).written()), reply_to=message)

@@ -82,12 +82,13 @@ def federate(grid: Grid, settings: RunSettings) -> Adapter:
     try:
         return _play(federation, grid)
     finally:
+        federation.directory.close()
         federation.strategy.fleet.finish(grid, _FAREWELL_SECONDS)
 
 
 def _play(federation: Federation, grid: Grid) -> Adapter:
     settings, directory, strategy = federation.settings, federation.directory, federation.strategy
-    checkpoint = directory.load() if settings.run.resume else None
+    checkpoint = directory.open()
     if checkpoint is not None:
         log.info("resuming %s after round %d", directory.path, checkpoint.round)
         strategy.restore(checkpoint.strategy, checkpoint.tensors, checkpoint.round)

@@ -1,11 +1,13 @@
 """The run directory: settings, plans, rounds, events, checkpoints, and how a run resumes."""
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import tomli_w
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +24,7 @@ from rankfit.adapters.adapter import Adapter
 from rankfit.configs.compose import compose, without_places
 from rankfit.configs.settings import ConfigError, RunSettings, to_flat
 from rankfit.server.evaluation import Evaluator
+from rankfit.server.lock import RunLock
 from rankfit.server.reporting import PARTITION
 from rankfit.tasks import load_task
 from rankfit.tasks.base_model import load_base, shared_heads
@@ -34,6 +38,8 @@ KEPT = 2
 #: PEFT's file names.
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE = "run_state.json"
+#: Checksums of the other files, for `sha256sum -c`.
+SUMS = "SHA256SUMS"
 #: Tensors of the strategy's state, and the adapter where another one is exported.
 TENSORS = "run_state.safetensors"
 _OWN = "adapter/"
@@ -43,6 +49,10 @@ _TASK_TYPES = {
     "image-classification": None,
     "causal-lm": "CAUSAL_LM",
 }
+
+
+class StorageError(RuntimeError):
+    """A run directory that cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +105,39 @@ class RunDirectory:
             )
         if settings.run.resume:
             self._check_same(config)
+        self._lock = RunLock(self.path)
+
+    def open(self) -> Checkpoint | None:
+        """Take the lock and read where a run that resumes goes on; None = from the start.
+
+        Raises
+        ------
+        ConfigError
+            If another process writes this run, or no checkpoint is whole.
+        """
+        if not self.settings.run.resume:
+            return None
+        self._lock.take()
+        try:
+            return self.load()
+        except BaseException:
+            self._lock.release()
+            raise
 
     def create(self) -> None:
         """Make the folder, with the settings in it. Called when the run is sure to start."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(self.path / "config.toml", tomli_w.dumps(nest(to_flat(self.settings))))
+        self._lock.take()
+        if not self.settings.run.resume and (self.path / "config.toml").exists():
+            raise ConfigError(f"{self.path} holds a run already, begun a moment ago")
+        with _storing(self.path):
+            _write_atomically(
+                self.path / "config.toml", tomli_w.dumps(nest(to_flat(self.settings)))
+            )
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
 
     def append_plans(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``plans.jsonl``."""
@@ -122,7 +160,16 @@ class RunDirectory:
             Adapter at the global rank, and the strategy's state.
         heads : Iterable[str]
             Modules that are trained whole (PEFT's ``modules_to_save``).
+
+        Raises
+        ------
+        StorageError
+            If it cannot be written; those before are left as they are.
         """
+        with _storing(self.path):
+            return self._save(checkpoint, heads)
+
+    def _save(self, checkpoint: Checkpoint, heads: Iterable[str]) -> Path:
         folder = self.path / "checkpoints"
         final = folder / f"round-{checkpoint.round:05d}"
         partial = folder / f".{final.name}.partial"
@@ -134,30 +181,56 @@ class RunDirectory:
             tensors |= {_OWN + n: t for n, t in checkpoint.adapter.state_dict().items()}
         if tensors:
             save_file({n: t.contiguous().clone() for n, t in tensors.items()}, partial / TENSORS)
-        state = {"round": checkpoint.round, "scale": checkpoint.adapter.scale}
+        state = {"round": checkpoint.round, "scale": checkpoint.adapter.scale, "sums": SUMS}
         (partial / STATE).write_text(
             json.dumps(state | {"strategy": checkpoint.strategy}, indent=1), encoding="utf-8"
         )
+        sums = [f"{_sum(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+        (partial / SUMS).write_text("".join(sums), encoding="utf-8")
         for file in partial.iterdir():
             _flush(file)
+        _flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        _flush(folder)
         self._link(final)
-        for old in sorted(folder.glob("round-*"))[:-KEPT]:
+        for old in kept_rounds(self.path)[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
     def load(self) -> Checkpoint | None:
-        """Read the newest checkpoint, None if there is none, and drop later rounds' lines."""
-        link = self.path / "checkpoint"
-        if not link.exists():
+        """Read the newest whole checkpoint, None if no round is done, and drop later rounds' lines.
+
+        Raises
+        ------
+        ConfigError
+            If rounds are done and no checkpoint is whole: the run cannot go on, and does not begin
+            anew by itself.
+        """
+        folder = newest_whole(self.path)
+        for newer in kept_rounds(self.path):
+            if newer == folder:
+                break
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+        if folder is None:
+            done = max((line["round"] for line in self.rounds()), default=0)
+            done = max([done, *(_number(f) for f in (self.path / "checkpoints").glob("*-round-*"))])
+            if done > 0:
+                raise ConfigError(
+                    f"cannot resume {self.path}: {done} rounds are done, and no whole checkpoint "
+                    "is left; put one back into checkpoints/, or start a new run"
+                )
+            log.warning("%s: no round was done; the run begins", self.path)
             self._truncate(-1)
             return None
-        state = json.loads((link / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(link / TENSORS) if (link / TENSORS).exists() else {}
+        tensors = load_file(folder / TENSORS) if (folder / TENSORS).exists() else {}
         own = {n.removeprefix(_OWN): t for n, t in tensors.items() if n.startswith(_OWN)}
-        adapter = Adapter.from_state_dict(own or load_file(link / WEIGHTS), state["scale"])
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        adapter = Adapter.from_state_dict(own or load_file(folder / WEIGHTS), state["scale"])
         self._truncate(state["round"])
+        self._link(folder)
         kept = {n: t for n, t in tensors.items() if not n.startswith(_OWN)}
         return Checkpoint(state["round"], adapter, state["strategy"], kept)
 
@@ -174,7 +247,9 @@ class RunDirectory:
             file = self.path / name
             if file.exists():
                 kept = [line for line in _read(file) if line["round"] <= last_round]
-                _write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                if text != file.read_text(encoding="utf-8", errors="replace"):
+                    _write_atomically(file, text)
 
     def _check_same(self, config: Path) -> None:
         if not config.exists():
@@ -191,6 +266,41 @@ class RunDirectory:
                     f"cannot resume {config.parent}: {key} was {before[key]!r}, is {value!r}; "
                     "set it back, or start a new run"
                 )
+
+
+def kept_rounds(path: Path) -> list[Path]:
+    """Checkpoints of a run directory, the newest first."""
+    found = (path / "checkpoints").glob("round-*")
+    return sorted((f for f in found if _number(f) >= 0), key=_number, reverse=True)
+
+
+def newest_whole(path: Path) -> Path | None:
+    """Newest checkpoint that is whole; a line says which newer ones are passed over, and why."""
+    for folder in kept_rounds(path):
+        wrong = damage(folder)
+        if not wrong:
+            return folder
+        log.warning("checkpoint %s is damaged (%s): going back to the one before", folder, wrong)
+    return None
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint; "" = nothing. Those of older releases have no checksums."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if state["round"] != _number(folder) or not (folder / WEIGHTS).is_file():
+            return f"it is not that of round {_number(folder)}"
+        if not (folder / SUMS).exists():
+            load_file(folder / WEIGHTS)
+            return "" if "sums" not in state else f"{SUMS} is missing"
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        expected = {name: found for found, _, name in (line.partition("  ") for line in lines)}
+        for name in {*expected, *(file.name for file in folder.iterdir())} - {SUMS}:
+            if _sum(folder / name) != expected.get(name):
+                return f"the checksum of {name} is another"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def write_adapter(
@@ -230,8 +340,31 @@ def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{t}.{k}": value for t, keys in tables.items() for k, value in keys.items()}
 
 
+def _number(folder: Path) -> int:
+    """Round of a checkpoint's folder; −1 for another folder."""
+    digits = folder.name.rpartition("-")[2]
+    return int(digits) if digits.isascii() and digits.isdecimal() else -1
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """Say what a failure to write means."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{path} cannot be written: {error}. No finished round is lost: make room, and go on "
+            f"with `rankfit resume {path}`"
+        ) from error
+
+
 def _append(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with file.open("a", encoding="utf-8") as out:
+    with _storing(file.parent), file.open("a", encoding="utf-8") as out:
         for line in lines:
             out.write(json.dumps(line) + "\n")
         out.flush()
@@ -313,14 +446,14 @@ class SavedRun:
             raise ConfigError(f"{path} holds no run: there is no config.toml in it")
         place = [f"run.directory={path.parent}", f"run.name={path.name}"]
         settings = compose([str(path / "config.toml"), *place, *overrides])
-        folder = path / "checkpoint"
+        folder = newest_whole(path)
         if number is not None:
             folder = path / "checkpoints" / f"round-{number:05d}"
-        if not (folder / STATE).is_file():
-            kept = sorted(item.name for item in (path / "checkpoints").glob("round-*"))
+        if folder is None or damage(folder):
+            kept = [item.name for item in reversed(kept_rounds(path)) if not damage(item)]
             raise ConfigError(
-                f"{path} has no checkpoint of round {number}; there are: "
-                f"{', '.join(kept) or 'none'}"
+                f"{path} has no whole checkpoint{'' if number is None else f' of round {number}'}; "
+                f"there are: {', '.join(kept) or 'none'}"
             )
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         adapter = Adapter.from_state_dict(load_file(folder / WEIGHTS), state["scale"])

@@ -166,13 +166,20 @@ class Fleet:
     ----------
     query_timeout : float
         Seconds for an answer.
+    bind_names : bool
+        A name belongs to the node that used it first: another one that claims it is refused.
     link_bytes : int
         Payload that measures the link of a client that declares none, one client after the other
         so that they do not share the server's (0 = links are not measured).
     """
 
-    def __init__(self, query_timeout: float, link_bytes: int = 0) -> None:
+    def __init__(
+        self, query_timeout: float, link_bytes: int = 0, *, bind_names: bool = False
+    ) -> None:
         self.devices: dict[str, Device] = {}
+        #: Node that each name belongs to, for the whole run; empty where names are not bound.
+        self.names: dict[str, int] = {}
+        self._bind_names = bind_names
         self._query_timeout = query_timeout
         self._link_bytes = link_bytes
         #: Measured links, by client; None = it could not be measured.
@@ -329,6 +336,13 @@ class Fleet:
             return
         if keeps_worker(reply):
             self._workers.add(node)
+        if self._bind_names and self.names.setdefault(report.client, node) != node:
+            log.warning(
+                "node %d is refused: the name %r belongs to node %d in this run (set client-name, "
+                "or server.bind-names=off where nodes have no keys)",
+                node, report.client, self.names[report.client],
+            )  # fmt: skip
+            return
         self._shares[node] = partitions(reply)
         if report.client in self.devices:
             fresh = f"{report.client}-{node}"

@@ -9,12 +9,14 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
+from rankfit.configs.faults import Fault
+
 QUERY = "query.capabilities"
 FINISH = "query.finish"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
-#: Characters of a client's reason that are read, from its end.
+#: Characters of a client's reason that are read.
 _READ = 4000
 #: Flower's error codes; 3, 4 and 5 are written by the SuperLink on the client's behalf.
 _ERRORS = {
@@ -56,8 +58,14 @@ def origin(message: Message) -> ConfigRecord:
 
 
 def failure(reply: Message) -> str:
-    """Say why a reply carries an error: what happened, and the last line of the client's reason."""
-    text = _ERRORS.get(reply.error.code, f"error {reply.error.code}")
-    reason = (reply.error.reason or "")[-_READ:]
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    return f"{text}: {lines[-1]}" if lines else text
+    """Say why a reply carries an error, in words that are the server's own."""
+    found = fault(reply)
+    if found is not None:
+        return found.sentence()
+    # What else stands there may come from anyone, and hold anything: it is not shown.
+    return _ERRORS.get(reply.error.code, f"error {reply.error.code}")
+
+
+def fault(reply: Message) -> Fault | None:
+    """The fault that a reply with an error names; None if it names none of RankFit's."""
+    return Fault.read((reply.error.reason or "")[:_READ])

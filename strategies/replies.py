@@ -176,8 +176,9 @@ def read_failure(reply: Message) -> Failure:
         text = messages.failure(reply)
     except Exception as error:  # noqa: BLE001 - see total
         text = f"an error that cannot be read ({type(error).__name__})"
-    reason = one_line(text, _REASON)
-    lost = "OutOfMemoryError" in reason  # not even its smallest fall-back fitted
+    reason, fault = one_line(text, _REASON), messages.fault(reply)
+    # Not even its smallest fall-back fitted.
+    lost = fault is not None and fault.code == "memory-out"
     return Failure("out of memory" if lost else "client error", reason, lost)
 
 

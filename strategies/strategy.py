@@ -2,9 +2,11 @@
 
 import logging
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,9 @@ def spent(settings: RunSettings, metrics: Metrics) -> tuple[float, int]:
 
 log = logging.getLogger(__name__)
 
+#: The program as which a SuperLink starts a ServerApp; that of a simulation has another name.
+_DEPLOYED = "flwr-serverapp"
+
 
 class Selection:
     """Plans for all devices, and draws the clients of a round.
@@ -132,8 +137,11 @@ class Selection:
     """
 
     def __init__(self, settings: RunSettings, planner: Planner) -> None:
+        names, deployed = settings.server.bind_names, Path(sys.argv[0]).stem == _DEPLOYED
         self.fleet = Fleet(
-            settings.server.wait_seconds, int(settings.plan.measure_link_mib * 2**20)
+            settings.server.wait_seconds,
+            int(settings.plan.measure_link_mib * 2**20),
+            bind_names=names == "on" or (names == "auto" and deployed),
         )
         self.plans: dict[str, Plan] = {}
         self.samples: dict[str, float] = {}
@@ -568,9 +576,8 @@ class HeterogeneousLora(Strategy):
 
     def state(self) -> dict[str, Any]:
         """All that the next rounds depend on beside the adapter and :meth:`tensors`, for JSON."""
-        return {
-            **self.planner.state(), **self.screening.state(), "identity": self.identity,
-        }  # fmt: skip
+        state = {**self.planner.state(), **self.screening.state(), "identity": self.identity}
+        return state | ({"names": dict(self.fleet.names)} if self.fleet.names else {})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors among it."""
@@ -585,6 +592,7 @@ class HeterogeneousLora(Strategy):
             self.identity = state.get("identity", "")
         self.screening.restore(state)
         self._selection.samples = self.screening.samples
+        self.fleet.names |= {name: int(node) for name, node in state.get("names", {}).items()}
         self.advance.restore(tensors, server_round)
 
     # Flower's interface: the same steps, with the global adapter as an ArrayRecord.

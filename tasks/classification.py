@@ -267,7 +267,7 @@ class ImageSplit(Split):
         try:
             return pixels_of(self.examples.inputs[row], self._processor, self._shape)
         except (DataError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"image {row}: {error}") from error
+            raise DataError(f"image {row}: {error}", row=row) from error
 
 
 def pixels_of(image: Any, processor: Processor, shape: tuple[int, ...]) -> Tensor:

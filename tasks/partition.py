@@ -20,6 +20,8 @@ _DRAWS = 20
 class PartitionError(DataError):
     """A data set that cannot be dealt as the settings ask."""
 
+    code = "data-partition"
+
 
 def partition(
     labels: NDArray[np.int64],

@@ -444,6 +444,8 @@ FAMILIES = {
     "social_i_qa": "answer",
     "winogrande": "option",
 }
+#: All names that :func:`task_of` gives, too.
+NAMES = {*FAMILIES, "multiple-choice", "other"}
 _PATTERNS = {
     "truth": "true|false",
     "solution": "solution1|solution2",

@@ -10,6 +10,8 @@ from rankfit.configs.learning import Data
 from rankfit.configs.settings import split_list
 from rankfit.tasks.prompts import KNOWN_COLUMNS, find_reading
 from rankfit.tasks.records import (
+    EVERYTHING,
+    Access,
     Chained,
     DataError,
     Raw,
@@ -57,6 +59,7 @@ _TEST = ("test", "testing")
 _VALIDATION = ("validation", "valid", "val", "dev", "eval", "evaluation")
 _SPLITS = {*_TRAIN, *_TEST, *_VALIDATION}
 _SHOWN = 5
+_MISSING = "data-missing"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Columns:
         The input is the whole row, as a dict.
     group : str
         Column that a natural partition goes by ("" = none).
+    access : Access
+        What may be read at all.
     """
 
     inputs: tuple[str, ...]
@@ -85,6 +90,7 @@ class Columns:
     pairs: bool = False
     records: bool = False
     group: str = ""
+    access: Access = EVERYTHING
 
     @property
     def likely(self) -> tuple[str, ...]:
@@ -126,7 +132,9 @@ class ImageFiles(Sequence[Any]):
                 image.load()
                 return ImageOps.exif_transpose(image)
         except (OSError, Image.DecompressionBombError) as error:
-            raise DataError(f"image {self.paths[index]}: cannot be read: {error}") from error
+            raise DataError(
+                f"image {self.paths[index]}: cannot be read: {error}", row=int(index)
+            ) from error
 
 
 def pick(names: Sequence[str], origin: str, columns: Columns, data: Data) -> Picked:
@@ -141,9 +149,11 @@ def pick(names: Sequence[str], origin: str, columns: Columns, data: Data) -> Pic
     def missing(wanted: str, key: str) -> DataError:
         return DataError(
             f"data {origin}: there is no column {wanted!r}; the columns are {', '.join(names)}: "
-            f"set {key}"
+            f"set {key}",
+            fault="data-column",
         )
 
+    names = columns.access.visible(names)
     if columns.group and columns.group not in names:
         raise missing(columns.group, "partition.column")
     label = columns.label if columns.label in names else ""
@@ -151,7 +161,7 @@ def pick(names: Sequence[str], origin: str, columns: Columns, data: Data) -> Pic
         try:
             reading = find_reading(names, data)
         except DataError as error:
-            raise DataError(f"data {origin}: {error}") from error
+            raise DataError(f"data {origin}: {error}", fault="data-column") from error
         return Picked(tuple(reading.columns.values()), label, columns.group, reading)
     present = [name for name in columns.inputs if name in names]
     if not present:
@@ -176,9 +186,11 @@ def find_part(folder: Path, pattern: str, columns: Columns, data: Data) -> Raw |
     if len(patterns) > 1:
         files = []
         for part in patterns:
-            some = _find_files(folder, part)
+            some = _find_files(folder, part, columns)
             if not some:
-                raise DataError(f"data folder {str(folder)!r}: nothing matches {part!r}")
+                raise DataError(
+                    f"data folder {str(folder)!r}: nothing matches {part!r}", fault=_MISSING
+                )
             files += some
         return _read(files, f"{folder}", columns, data)
     saved = _saved_set(folder)
@@ -186,12 +198,12 @@ def find_part(folder: Path, pattern: str, columns: Columns, data: Data) -> Raw |
         split = _split_of(saved, pattern)
         return None if split is None else from_arrow(split, f"{folder}", columns, data)
     for candidate in _candidates(folder, pattern):
-        for match in _matches(folder, candidate):
+        for match in _matches(folder, candidate, columns):
             if match.is_dir() and (saved := _saved_set(match)) is not None and len(saved) == 1:
                 return from_arrow(next(iter(saved.values())), f"{match}", columns, data)
             if match.is_dir() and columns.images and (found := _images(match, columns, data)):
                 return found
-    files = _find_files(folder, pattern)
+    files = _find_files(folder, pattern, columns)
     if files:
         return _read(files, f"{folder / pattern}", columns, data)
     if columns.images and pattern == "train":
@@ -226,22 +238,25 @@ def _candidates(folder: Path, pattern: str) -> Iterator[str]:
                 yield from (f"{place}{name}-*{end}", f"{place}{name}-*{end}.*")
 
 
-def _matches(folder: Path, pattern: str) -> list[Path]:
+def _matches(folder: Path, pattern: str, columns: Columns) -> list[Path]:
     """What a pattern finds, whatever the case of a bare name; hidden files are not found."""
-    found = list(folder.glob(pattern))
+    try:
+        found = list(folder.glob(columns.access.pattern(pattern)))
+    except NotImplementedError as error:  # a pattern that is a whole path
+        raise DataError(f"data folder {folder}: {pattern!r}: {error}", fault=_MISSING) from error
     if not found and pattern.casefold() in _SPLITS:
         found = [item for item in folder.iterdir() if item.name.casefold() == pattern]
-    return sorted(item for item in found if not _is_stray(item))
+    return sorted(columns.access.file(item) for item in found if not _is_stray(item))
 
 
 def _is_stray(item: Path) -> bool:
     return item.name.startswith(".") or item.name in _STRAY
 
 
-def _find_files(folder: Path, pattern: str) -> list[Path]:
+def _find_files(folder: Path, pattern: str, columns: Columns) -> list[Path]:
     """Tables that the first meaning of a pattern with any gives."""
     for candidate in _candidates(folder, pattern):
-        matches = _matches(folder, candidate)
+        matches = _matches(folder, candidate, columns)
         files = [match for match in matches if match.is_file()]
         if candidate.endswith(".*"):
             files = [file for file in files if is_table(file)]
@@ -281,11 +296,14 @@ def read_table(files: Sequence[Path], origin: str, columns: Columns, data: Data)
     DataError
         If a file has an unknown ending or cannot be read, or a column is missing.
     """
+    for file in files:
+        columns.access.file(file)
     form = ending(files[0])
     if form not in ENDINGS or any(ending(file) != form for file in files):
         raise DataError(
             f"data {origin}: files {', '.join(file.name for file in files[:3])}; expected one of "
-            f"{', '.join(ENDINGS)}, the same for all"
+            f"{', '.join(ENDINGS)}, the same for all",
+            fault="data-format",
         )
     if form in (".parquet", ".arrow"):
         raws = list(_arrow_parts(files, columns, data))
@@ -296,7 +314,7 @@ def read_table(files: Sequence[Path], origin: str, columns: Columns, data: Data)
         ]
     raw = _joined(raws, origin)
     if not len(raw.labels):
-        raise DataError(f"data {origin}: the set is empty")
+        raise DataError(f"data {origin}: the set is empty", fault="data-empty")
     if raw.reading is not None:
         parts = ", ".join(f"{part} {name!r}" for part, name in raw.reading.columns.items())
         log.info("data %s: read as %s (%s)", origin, raw.reading.form, parts)
@@ -364,7 +382,7 @@ def _saved_set(folder: Path) -> dict[str, Any] | None:
             found = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"data folder {str(folder)!r}: cannot be loaded from disk: {error}"
+            f"data folder {str(folder)!r}: cannot be loaded from disk: {error}", fault="data-format"
         ) from error
     return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
 
@@ -417,7 +435,8 @@ def hub_parts(data: Data, columns: Columns) -> tuple[Raw, Raw | None]:
             raise DataError(
                 f"data.source {data.source!r} (name {data.name!r}, splits {data.train!r} and "
                 f"{data.test!r}) is neither a file or folder here nor a data set that can be had "
-                f"from the hub: check the id and the connection, or give local files. {first_line}"
+                f"from the hub: check the id and the connection, or give local files. {first_line}",
+                fault=_MISSING,
             ) from error
 
 
@@ -440,6 +459,8 @@ def _from_table(table: Table, file: Path, columns: Columns, data: Data) -> Raw:
         inputs = list(zip(*(table.column(name) for name in picked.inputs), strict=True))
     elif columns.images:
         inputs, files = _pictures_of(table, picked.inputs[0], file, files)
+        for each in files:
+            columns.access.file(each)
     else:
         inputs = table.column(picked.inputs[0])
     raw = Raw(origin, inputs, labels, names, groups, picked.reading, files, table.version)
@@ -471,7 +492,10 @@ def _images(folder: Path, columns: Columns, data: Data) -> Raw | None:
         file = folder / f"metadata{end}"
         if file.is_file() and columns.label in _names_in(file, columns, data):
             return read_table([file], str(folder), columns, data)
-    return _image_folder(folder)
+    found = _image_folder(folder)
+    for each in found.files if found else ():
+        columns.access.file(each)
+    return found
 
 
 def _names_in(file: Path, columns: Columns, data: Data) -> tuple[str, ...]:

@@ -5,9 +5,11 @@ as numbers, another as text, a third as floats since a cell was empty once. A la
 compared by what it says: ``1``, ``1.0`` and ``"1"`` are one, ``True`` and ``"true"`` too.
 """
 
+import fnmatch
 import hashlib
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +22,86 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rankfit.configs.faults import Faulty
 from rankfit.configs.settings import RunSettings, split_names
 
 log = logging.getLogger(__name__)
 
 #: What is wrong with a record, in a word that says nothing of its content.
 Fault = Literal["cells", "encoding", "input", "label"]
+_CODES: dict[Fault, str] = {
+    "cells": "data-format", "encoding": "data-format", "input": "data-record",
+    "label": "data-label",
+}  # fmt: skip
 
 
-class DataError(ValueError):
+class DataError(Faulty, ValueError):
     """Data that is missing or cannot be used."""
+
+    code = "data-record"
+
+
+class TableError(DataError):
+    """A file that is no table that can be read."""
+
+    code = "data-format"
+
+
+@dataclass(frozen=True)
+class Access:
+    """What of this machine's data a run may read, and name; the default is all.
+
+    Attributes
+    ----------
+    folders : tuple of Path or None
+        Files must lie in one of these, which hold no links themselves; None = anywhere.
+    columns : tuple of str
+        Patterns of the columns that may be read; others are not there.
+    label_names : bool
+        Values of a label column may be in the names of figures. Those that the run itself names
+        always may.
+    """
+
+    folders: tuple[Path, ...] | None = None
+    columns: tuple[str, ...] = ("*",)
+    label_names: bool = True
+
+    def pattern(self, pattern: str) -> str:
+        """Return a file pattern; refuse one that climbs out of its folder, whatever is there."""
+        parts = Path(pattern).parts
+        if self.folders is not None and (".." in parts or Path(pattern).is_absolute()):
+            raise _outside(pattern, self.folders)
+        return pattern
+
+    def file(self, file: Path) -> Path:
+        """Return a file or folder that may be read.
+
+        Raises
+        ------
+        DataError
+            If it lies elsewhere, once ``..`` and links are followed.
+        """
+        if self.folders is not None:
+            real = Path(os.path.realpath(file))
+            if not any(real.is_relative_to(folder) for folder in self.folders):
+                raise _outside(f"{file} (which is {real})", self.folders)
+        return file
+
+    def visible(self, columns: Sequence[str]) -> list[str]:
+        """Those of a table's columns that may be read."""
+        return [c for c in columns if any(fnmatch.fnmatchcase(c, p) for p in self.columns)]
+
+
+#: Of whoever owns the data.
+EVERYTHING = Access()
+
+
+def _outside(what: str, folders: Sequence[Path]) -> DataError:
+    return DataError(
+        f"data {what} lies in none of the folders that this node allows: "
+        f"{', '.join(map(str, folders)) or 'none'}",
+        fault="policy-data",
+    )
 
 
 class RecordError(DataError):
@@ -45,7 +117,9 @@ class RecordError(DataError):
 
     def __init__(self, origin: str, row: int, wrong: str, fault: Fault) -> None:
         super().__init__(
-            f"data {origin}: row {row} {wrong} (data.bad-records=skip leaves such rows out)"
+            f"data {origin}: row {row} {wrong} (data.bad-records=skip leaves such rows out)",
+            fault=_CODES[fault],
+            row=row,
         )
         self.row, self.fault = row, fault
         self._parts = (origin, row, wrong, fault)
@@ -256,7 +330,8 @@ def name_classes(settings: RunSettings, train: Raw, test: Raw | None) -> tuple[s
     if settings.partition.kind == "local" and not numbered:
         raise DataError(
             "partition.kind 'local': each node would number the classes by what its own files "
-            f"hold ({train.origin}); set data.class-names to the names of all classes"
+            f"hold ({train.origin}); set data.class-names to the names of all classes",
+            fault="data-classes",
         )
     if whole and settings.task.kind != "causal-lm":
         names = _numbered(settings, train.origin, numbers)
@@ -278,7 +353,8 @@ def _numbered(settings: RunSettings, origin: str, numbers: Sequence[int]) -> tup
         codes = ",".join(map(str, numbers[:_SHOWN])) + (",…" if len(numbers) > _SHOWN else "")
         raise DataError(
             f"data {origin}: the labels {codes} are no ids from 0 without gaps: name them as "
-            f"classes with data.class-names={codes}, or set data.classes to the number of ids"
+            f"classes with data.class-names={codes}, or set data.classes to the number of ids",
+            fault="data-classes",
         )
     absent = sorted(set(range(top)) - set(ids))
     if absent:
@@ -288,7 +364,10 @@ def _numbered(settings: RunSettings, origin: str, numbers: Sequence[int]) -> tup
 
 def _refuse_short(settings: RunSettings, count: int) -> None:
     if settings.data.classes > count:
-        raise DataError(f"data.classes {settings.data.classes}: the data has only {count} classes")
+        raise DataError(
+            f"data.classes {settings.data.classes}: the data has only {count} classes",
+            fault="data-classes",
+        )
 
 
 class Ids:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rankfit.configs.learning import Data
-from rankfit.tasks.records import DataError, RecordError
+from rankfit.tasks.records import DataError, RecordError, TableError
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class ArrowTable(Table):
             try:
                 table = table.cast_column(name, datasets.Image())
             except (TypeError, ValueError) as error:
-                raise DataError(
+                raise TableError(
                     f"column {name!r} holds {feature}; expected pictures, the bytes of picture "
                     "files, or their paths"
                 ) from error
@@ -214,13 +214,13 @@ def open_table(file: Path, data: Data, likely: Sequence[str]) -> Table:
             return CellTable({"text": [line for line in lines if line.strip()]})
         return _columns_of(_read_json(file, encoding, likely))
     except UnicodeError as error:
-        raise DataError(
+        raise TableError(
             f"data {file}: is not {encoding}: {error}; set data.encoding to the file's"
         ) from error
     except LookupError as error:
-        raise DataError(f"data.encoding {encoding!r}: Python knows no such encoding") from error
+        raise TableError(f"data.encoding {encoding!r}: Python knows no such encoding") from error
     except OSError as error:
-        raise DataError(f"data {file}: cannot be read: {error}") from error
+        raise TableError(f"data {file}: cannot be read: {error}") from error
 
 
 def open_arrow(files: Sequence[Path], columns: Callable[[Sequence[str]], Sequence[str]]) -> Table:
@@ -249,7 +249,7 @@ def open_arrow(files: Sequence[Path], columns: Callable[[Sequence[str]], Sequenc
                 )
             builder.download_and_prepare()
             if not builder.info.splits["train"].num_examples:
-                raise DataError(f"data {files[0]}: the set is empty")
+                raise TableError(f"data {files[0]}: the set is empty", fault="data-empty")
             return ArrowTable(builder.as_dataset(split="train"))
         except DataError:
             raise
@@ -261,7 +261,7 @@ def open_arrow(files: Sequence[Path], columns: Callable[[Sequence[str]], Sequenc
             datasets.exceptions.DatasetGenerationError,
         ) as error:
             cause = error.__cause__ or error
-            raise DataError(f"data {files[0]}: cannot be read as {form[1:]}: {cause}") from error
+            raise TableError(f"data {files[0]}: cannot be read as {form[1:]}: {cause}") from error
 
 
 @contextlib.contextmanager
@@ -313,7 +313,7 @@ def _find_encoding(file: Path) -> str:
             letters += len(block) - len(block.translate(None, string.ascii_letters.encode()))
             undefined |= any(byte in block for byte in b"\x81\x8d\x8f\x90\x9d")
     if high > max(_FOREIGN_BYTES, letters):
-        raise DataError(
+        raise TableError(
             f"data {file}: is neither UTF-8 nor UTF-16, and mostly of characters beyond ASCII: set "
             "data.encoding to the file's (such as cp1251, gb18030 or shift_jis)"
         )
@@ -444,16 +444,16 @@ def _read_separated(
     separator = data.separator or _find_separator(text, form, likely)
     parsed = _parse_whole(text, form, separator, data.quotes)
     if not parsed.rows:
-        raise DataError(f"data {file}: is empty; expected a header and rows")
+        raise TableError(f"data {file}: is empty; expected a header and rows", fault="data-empty")
     header, rows, ends = parsed.rows[0], parsed.rows[1:], parsed.ends[1:]
     if parsed.error:
-        raise DataError(
+        raise TableError(
             f"data {file}: {parsed.error}; a quote that is text in itself needs data.quotes=text"
         )
     names = [name.strip() for name in header]
     double = next((name for name in likely if names.count(name) > 1), None)
     if double is not None:
-        raise DataError(f"data {file}: two columns are named {double!r}")
+        raise TableError(f"data {file}: two columns are named {double!r}")
     width = len(header)
     wrong = {
         number: f"(line {end}) has {len(row)} cells where the header has {width}"
@@ -541,7 +541,7 @@ def _read_json(file: Path, encoding: str, likely: Sequence[str]) -> list[Any]:
     try:
         return _unwrapped(_values(whole), likely)
     except ValueError as error:
-        raise DataError(f"data {file}: cannot be read as json: {error}") from error
+        raise TableError(f"data {file}: cannot be read as json: {error}") from error
 
 
 def _values(text: str) -> list[Any]:
@@ -602,7 +602,7 @@ def _columns_of(records: Sequence[Any]) -> CellTable:
     names: dict[str, None] = {}
     for row, record in enumerate(records):
         if not isinstance(record, dict):
-            raise DataError(f"row {row} is {type(record).__name__}, expected an object with names")
+            raise TableError(f"row {row} is {type(record).__name__}, expected an object with names")
         names.update(dict.fromkeys(record))
     return CellTable({name: [record.get(name) for record in records] for name in names})
 

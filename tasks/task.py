@@ -18,6 +18,7 @@ from rankfit.tasks.data import Dataset, Encode, Examples, known_labels, read_dat
 from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
 from rankfit.tasks.model_sources import source_fingerprint
 from rankfit.tasks.packing import check_packing
+from rankfit.tasks.records import EVERYTHING, Access
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,11 +79,13 @@ class Split(ABC):
 class Task(ABC):
     """What is learnt, from which data; nothing is read before it is asked for.
 
-    ``data_path`` is a node's own file or folder, in place of ``data.source``.
+    ``data_path`` is a node's own file or folder, in place of ``data.source``; ``access`` is what
+    of the machine's data may be read and named.
     """
 
     settings: RunSettings
     data_path: str | None = None
+    access: Access = EVERYTHING
 
     @cached_property
     def _data(self) -> Dataset:
@@ -91,6 +94,7 @@ class Task(ABC):
             data_path=self.data_path,
             encode=self._encoding(),
             model=source_fingerprint(self.settings.model),
+            access=self.access,
         )
 
     @cached_property

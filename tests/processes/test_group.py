@@ -1,7 +1,6 @@
 """One client in two processes: they train as one does, fail together and end together."""
 
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -100,10 +99,13 @@ def test_a_process_that_dies_costs_one_update(device: Node) -> None:
 
 
 _MEETS = """
-import sys, torch
+import sys, psutil, torch
+from pathlib import Path
 from rankfit.client.data_parallel import Group, OtherFailed
 what = sys.argv[1]
-group = Group.joined(cpu=True)
+group = Group.joined(Path(sys.argv[2]), cpu=True)
+listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
+assert all(ip in ("127.0.0.1", "::1") for ip in listening), listening
 told = "nothing"
 for attempt in range(2):
     try:
@@ -129,19 +131,17 @@ print(told)
     ("what", "told"),
     [("memory", ["OutOfMemoryError"] * 2), ("row", ["OtherFailed", "ValueError"])],
 )
-def test_what_fails_in_one_process_fails_in_all(what: str, told: list[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_what_fails_in_one_process_fails_in_all(what: str, told: list[str], tmp_path: Path) -> None:
     started = []
     for rank in range(2):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        own |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+        own |= {"GLOO_SOCKET_IFNAME": "lo"}
         environment = os.environ | {key: str(value) for key, value in own.items()}
         started.append(
             subprocess.Popen(
-                [sys.executable, "-c", _MEETS, what], env=environment, cwd=Path(ROOT),
-                stdout=subprocess.PIPE, text=True,
+                [sys.executable, "-c", _MEETS, what, str(tmp_path / "store")],
+                env=environment, cwd=Path(ROOT), stdout=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
     try:

@@ -127,6 +127,7 @@ def test_a_failed_message_costs_itself_and_names_the_log(device: Node) -> None:
         messenger.ask(order, wrong)
     process = process_of(the_place())
     assert str(the_place().read().log) in str(caught.value)
+    assert caught.value.coded.code == "model-differs"
     assert messenger.ask(order, evaluate()).metrics["num-examples"] > 0
     assert process_of(the_place()) == process
 
@@ -202,18 +203,16 @@ def test_refuses_a_wrong_token_and_what_is_too_large(device: Node) -> None:
 
     for token in ("0" * 64, "", None, "ü"):
         answer = raw(path, frame({**Request("finish").header(), "token": token}))
-        assert answer == {"error": "Refused", "reason": "the token is not this worker's"}
+        assert answer["error"] == "Refused" and answer["text"] == "the token is not this worker's"
     token = the_place().read().token
     too_long = raw(path, frame({"token": token}, 2**21))
-    assert "above the limit of 1048576" in str(too_long["reason"])
-    assert "above the limit" in str(
-        raw(path, struct.pack(">8sIQ", b"RankFit1", 2**31, 0))["reason"]
-    )
-    assert "protocol" in str(raw(path, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")["reason"])
+    assert "above the limit of 1048576" in str(too_long["text"])
+    assert "above the limit" in str(raw(path, struct.pack(">8sIQ", b"RankFit1", 2**31, 0))["text"])
+    assert "protocol" in str(raw(path, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")["text"])
     pickled = b"\x80\x04cos\nsystem\n(S'true'\ntR."
     body = frame({**Request("finish").header(), "token": token}, len(pickled)) + pickled
-    assert "safetensors" in str(raw(path, body)["reason"])
-    assert "kind is 'eval'" in str(raw(path, frame({"token": token, "kind": "eval"}))["reason"])
+    assert "safetensors" in str(raw(path, body)["text"])
+    assert "kind is 'eval'" in str(raw(path, frame({"token": token, "kind": "eval"}))["text"])
     assert runs(process_of(the_place()))
     with pytest.raises(FrameError, match=r"above the limit of 1048576; raise client.message-mib"):
         big = Request("train", arrays={"x": np.zeros(2**20, np.float32)})

@@ -6,6 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from rankfit.client.app import app as client_app
+from rankfit.configs.faults import Fault
 from rankfit.configs.settings import RunSettings, to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import federate
@@ -27,7 +28,10 @@ class Fleet(InProcessGrid):
             if message.metadata.message_type == messages.FINISH:
                 self.told.append(position)
                 if not answers:
-                    return Message(Error(2, "it does not end"), reply_to=message)
+                    return Message(
+                        Error(2, Fault("worker-start", text="it does not end").written()),
+                        reply_to=message,
+                    )
                 return Message(RecordDict(), reply_to=message)
             reply = client_app(message, context)
             if message.metadata.message_type == messages.QUERY:

@@ -167,7 +167,7 @@ def to_float64(arrays: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (raises, "it raised an error: RuntimeError: the disk of this client is full"),
+        (raises, "[unexpected, RuntimeError]; the disk of this client is full"),
         (silent, "no answer before the deadline"),
         (edited(to_nan), "not finite"),
         (edited(to_rank_one), "has shape (1, 64); the plan asks for (8, 64)"),
