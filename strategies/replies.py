@@ -173,13 +173,14 @@ def total(read: Callable[_P, _T]) -> Callable[_P, _T]:
 def read_failure(reply: Message) -> Failure:
     """Why a reply carries an error; its text is cleaned and cut."""
     try:
+        found = messages.fault(reply)
         text = messages.failure(reply)
     except Exception as error:  # noqa: BLE001 - see total
-        text = f"an error that cannot be read ({type(error).__name__})"
-    reason, fault = one_line(text, _REASON), messages.fault(reply)
+        found, text = None, f"an error that cannot be read ({type(error).__name__})"
     # Not even its smallest fall-back fitted.
-    lost = fault is not None and fault.code == "memory-out"
-    return Failure("out of memory" if lost else "client error", reason, lost)
+    lost = found is not None and found.code == "memory-out"
+    kind = "out of memory" if lost else "client error"
+    return Failure(kind, one_line(text, _REASON), lost)
 
 
 @total
