@@ -80,8 +80,9 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
 def _body(model: PreTrainedModel) -> str:
     """Name of the child that is pretrained; CLIP's image classifiers have it under another name."""
     children = dict(model.named_children())
-    if model.base_model_prefix in children:
-        return model.base_model_prefix
+    prefix: str = model.base_model_prefix
+    if prefix in children:
+        return prefix
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in children.items()}
     return max(sizes, key=lambda name: sizes[name], default="")
 
