@@ -56,8 +56,11 @@ def _padding(model: config_settings.Model, tokenizer: Any, config: PreTrainedCon
         return int(told)
     if own is not None:
         return int(own)
-    # A word, or the token of unknown words, may end a text: it would be taken for padding.
-    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    # A word, or the token of unknown words, may end a text: it would be taken for padding. GPT-2
+    # has one token for both, and no word is unknown to it.
+    special = {*tokenizer.all_special_ids}
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:
+        special -= {tokenizer.unk_token_id}
     ends = values.get("eos_token_id")
     for token in (told, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])):
         if token in special:
