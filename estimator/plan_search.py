@@ -169,7 +169,7 @@ def too_slow(
 def lacks_bf16(report: DeviceReport) -> bool:
     """Whether a device is a GPU older than those with bf16 arithmetic (compute capability 8.0)."""
     major = report.compute_capability.partition(".")[0]
-    return report.accelerator == "cuda" and major.isdigit() and int(major) < 8
+    return report.accelerator == "cuda" and major.isascii() and major.isdigit() and int(major) < 8
 
 
 def no_bf16(report: DeviceReport, settings: RunSettings) -> NothingFits:

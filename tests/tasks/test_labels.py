@@ -214,7 +214,7 @@ def test_two_nodes_give_a_label_the_same_id(
 
 
 def _is_int(text: str) -> bool:
-    return text.lstrip("-").isdigit() and str(int(text)) == text
+    return text.isascii() and text.lstrip("-").isdigit() and str(int(text)) == text
 
 
 @given(st.lists(st.integers(0, 30) | st.booleans() | WORDS, min_size=1, unique_by=str))
