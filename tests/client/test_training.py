@@ -18,6 +18,7 @@ from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, inputs_of
 from rankfit.tasks.base_model import target_modules
 from rankfit.tasks.lora import target_shapes
+from rankfit.tasks.records import DataError
 from tests.estimator.small import device
 
 RECORDS = [
@@ -143,12 +144,10 @@ def test_the_plan_says_how_fast_factors_learn_of_adam_alone(root: Path) -> None:
                 assert torch.equal(fast.a, slow.a) and torch.equal(fast.b, slow.b)
 
 
-def test_rows_without_an_answer_in_them_teach_nothing(root: Path) -> None:
-    """``data.max-length`` 1 leaves no token that could be learnt: no loss, no change, no NaN."""
-    space = workspace(root, **{"data.max-length": 1})
-    result = trained(space, 4)
-    assert result.metrics["train-loss"] == 0
-    assert all(torch.isfinite(tensor).all() for tensor in result.state.values())
+def test_rows_without_an_answer_in_them_are_refused(root: Path) -> None:
+    """``data.max-length`` 1 leaves no token that could be learnt: the row is named at once."""
+    with pytest.raises(DataError, match="row 0 has no token that could be learnt"):
+        trained(workspace(root, **{"data.max-length": 1}), 4)
 
 
 @pytest.mark.parametrize(
