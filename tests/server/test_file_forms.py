@@ -94,7 +94,7 @@ def train(folder: Path, models: dict[str, str], *settings: str) -> None:
     kind = next((part[10:] for part in settings if part.startswith("task.kind=")), "")
     model = (f"model.source={models[kind]}", "data.max-length=64") if kind else ()
     own = settings_for(
-        folder.parent / "runs", "forms", f"data.source={folder}", "run.rounds=1",
+        folder.parent / "runs", folder.name, f"data.source={folder}", "run.rounds=1",
         "server.evaluate=none", "server.diagnostics=false", "train.steps=1", "train.batch-size=4",
         "simulation.clients=2", "server.clients-per-round=2", "server.min-clients=2",
         "data.test=", "data.test-fraction=0.25", "partition.min-samples=1", "fleet.memory-mib=",
