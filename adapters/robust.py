@@ -41,8 +41,9 @@ class Length:
 
 def change_of(before: Factors, after: Factors, scale: float) -> Factors:
     """s·(B·A − B⁰·A⁰) of one module as a pair of factors: (B − B⁰)·A + B⁰·(A − A⁰)."""
-    b = torch.cat([after.b - before.b, before.b], 1).double() * scale
-    return Factors(b, torch.cat([after.a, after.a - before.a], 0).double())
+    old_b, old_a, new_b, new_a = (t.double() for t in (before.b, before.a, after.b, after.a))
+    b = scale * torch.cat([new_b - old_b, old_b], 1)  # (d, 2r)
+    return Factors(b, torch.cat([new_a, new_a - old_a], 0))  # (2r, k)
 
 
 def length(given: Adapter, trained: Adapter) -> Length:
@@ -51,7 +52,10 @@ def length(given: Adapter, trained: Adapter) -> Length:
     for module, after in trained.factors.items():
         own = change_of(given.factors[module], after, trained.scale)
         square += float(((own.b.T @ own.b) * (own.a @ own.a.T)).sum())
-    heads = sum(float((trained.head[n].double() - t).square().sum()) for n, t in given.head.items())
+    heads = sum(
+        float((trained.head[n].double() - t.double()).square().sum())
+        for n, t in given.head.items()
+    )
     return Length(math.sqrt(max(0.0, square)), math.sqrt(heads))
 
 
@@ -113,7 +117,7 @@ def grams(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
         [
             torch.cat(
                 [torch.zeros(0, dtype=torch.float64)]
-                + [(t.double() - u.given.head[n]).flatten() for n, t in u.trained.head.items()]
+                + [(t.double() - u.given.head[n].double()).flatten() for n, t in u.trained.head.items()]
             )
             for u in updates
         ]

@@ -189,9 +189,9 @@ def latex(results: Sequence[Result]) -> str:
 def write(folder: Path, results: Sequence[Result], metric: str) -> None:
     """Write the raw figures, both tables and both plots of a comparison into its folder."""
     text = json.dumps({"metric": metric, "results": [asdict(r) for r in results]}, indent=1)
-    (folder / "json").write_text(text + "\n", encoding="utf-8")
-    (folder / "md").write_text(markdown(results), encoding="utf-8")
-    (folder / "tex").write_text(latex(results), encoding="utf-8")
+    (folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "comparison.md").write_text(markdown(results), encoding="utf-8")
+    (folder / "comparison.tex").write_text(latex(results), encoding="utf-8")
     _plot(folder / "rounds.svg", results, 0, "round", metric)
     _plot(folder / "bytes.svg", results, 1, "MiB sent and received", metric)
 

@@ -269,7 +269,8 @@ class _EightBit:
 
     Both the scale of the last numbers and the switch to float32 below 4096 numbers are no multiples
     of the rank: the scales are rounded up for each unit of rank, and the float32 state of a small
-    rank is held at every rank. That is at most 12 KiB for each state of a factor too much.
+    rank is held at every rank. For each state of a factor that is too much by at most 12 KiB, and
+    by 4 bytes a unit of rank where its width is no multiple of 256.
     """
 
     def __init__(self) -> None:

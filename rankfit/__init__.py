@@ -8,6 +8,7 @@ is extended here.
 """
 
 import importlib
+import logging
 import os
 from pathlib import Path
 
@@ -20,6 +21,10 @@ if not (_HERE / "configs").is_dir():
 # CUDA numbers GPUs fastest first where nothing is said, NVML and Ray by their PCI bus: an index is
 # to mean one GPU to all. It is read when CUDA is first used.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+# peft imports bitsandbytes wherever it is installed, and on processors with AVX-512 bf16 that
+# recommends a package for 4-bit inference, in every process and before any message of ours.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 #: Public names and the modules that define them; imported on first use, so that
 #: ``import rankfit`` costs no torch.

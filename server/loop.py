@@ -94,15 +94,15 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
         strategy.restore(checkpoint.strategy, checkpoint.tensors, checkpoint.round)
     strategy.summary()
     strategy.prepare(grid, 0)  # a fleet that cannot train is refused before anything is written
+    holdings = who_holds_what(federation)
     directory.create()
     if federation.data is not None:
-        data = federation.data
-        strategy.know({}, len(data.train), len(data.test))
-        if strategy.fleet.partitions:
-            holdings = _holdings(data, settings, strategy.fleet.partitions)
-            holdings.save(directory.path)
-            parts = {f"partition-{i}": len(part) for i, part in enumerate(holdings.parts)}
-            strategy.know(parts, len(data.train), len(data.test))
+        parts = {
+            f"partition-{i}": len(own) for i, own in enumerate(holdings.parts if holdings else ())
+        }
+        strategy.know(parts, len(federation.data.train), len(federation.data.test))
+    if holdings is not None:
+        holdings.save(directory.path)
     if checkpoint is None:
         checkpoint = _round_zero(federation)
     adapter, first = checkpoint.adapter, checkpoint.round + 1
@@ -164,9 +164,16 @@ def build(settings: RunSettings) -> Federation:
     return Federation(settings, directory, strategy, evaluator, start, heads, data)
 
 
-def _holdings(task: Task, settings: RunSettings, partitions: int) -> Holdings:
-    """Who holds what of a data set that is divided among this many nodes."""
-    parts = partition_of(task.train.examples, settings, partitions)
+def who_holds_what(federation: Federation) -> Holdings | None:
+    """The parts of a data set that is divided among the nodes; None where they have their own.
+
+    To be called when the fleet has said into how many parts. A partition that cannot be made is a
+    PartitionError.
+    """
+    task, partitions = federation.data, federation.strategy.fleet.partitions
+    if task is None or not partitions:
+        return None
+    parts = partition_of(task.train.examples, federation.settings, partitions)
     return Holdings(parts, task.train.labels, task.class_names)
 
 

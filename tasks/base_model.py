@@ -53,12 +53,12 @@ def check_quantizable(model: Model, source: str) -> None:
         )
 
 
-def quantization(model: Model, source: str, kept: Sequence[str] = ()) -> dict[str, Any]:
+def quantization(model: Model, source: str, kept: Sequence[str] | None = None) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for ``model.quantization``; {} = as the weights are.
 
     nf4 is 4-bit NormalFloat with double quantisation (QLoRA, arXiv:2305.14314), nf4-single without;
     int8 is LLM.int8() (arXiv:2208.07339). What is computed is in ``model.precision``. Modules named
-    in ``kept`` stay as they are.
+    in ``kept`` stay as they are; None = the output layer and tied ones, as transformers has it.
 
     Raises
     ------
@@ -76,16 +76,17 @@ def quantization(model: Model, source: str, kept: Sequence[str] = ()) -> dict[st
     from transformers import BitsAndBytesConfig
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[model.precision]
+    skipped = None if kept is None else list(kept)  # to transformers [] means that none is kept
     config = (
         BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=model.quantization == "nf4",
             bnb_4bit_compute_dtype=kind,
-            llm_int8_skip_modules=list(kept),
+            llm_int8_skip_modules=skipped,
         )
         if model.quantization != "int8"
-        else BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(kept))
+        else BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     )
     # The current one: each process of a client with several GPUs has its own.
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"

@@ -104,6 +104,8 @@ def test_what_ctrl_c_does(
     process = subprocess.Popen(
         [sys.executable, "-c", _RUN, str(flwr), seconds, superlink],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so would this child of it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         assert process.stdout is not None and process.stderr is not None
@@ -112,7 +114,9 @@ def test_what_ctrl_c_does(
         if presses > 1:
             asked = ""
             while "Ctrl-C again stops it" not in asked:
-                asked += process.stderr.read(1)
+                read = process.stderr.read(1)
+                assert read, f"it ended without asking: {asked}"
+                asked += read
             process.send_signal(signal.SIGINT)
         _, shown = process.communicate(timeout=60)
     finally:

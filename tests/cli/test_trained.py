@@ -103,7 +103,7 @@ def test_evaluate_any_checkpoint_and_any_split(runs: dict[str, Path], tmp_path: 
     assert result.exit_code == 0 and "mcc" in result.output
     result = call("evaluate", runs["image"], "--round", 9)
     assert isinstance(result.exception, ConfigError)
-    assert "no checkpoint of round 9; there are: round-00001, round-00002" in str(result.exception)
+    assert "no whole checkpoint of round 9; there are: round-00001, round-00002" in str(result.exception)
     assert isinstance(call("evaluate", tmp_path).exception, ConfigError)
 
 
@@ -127,7 +127,7 @@ def test_generate_answers_as_it_was_asked_in_training(runs: dict[str, Path]) -> 
     encoder = saved.task.encoder  # type: ignore[attr-defined]
     row = [r["instruction"] for r in saved.task.train.examples.inputs].index("Add 3 and 2.")
     passage = saved.task.passages(saved.task.train, [row])[0]  # type: ignore[attr-defined]
-    assert encoder.question("Add 3 and 2.", 90) == encoder.prompt(passage, 90)
+    assert encoder.question("Add 3 and 2.", saved.task.form, 90) == encoder.prompt(passage, 90)
     refused = call("generate", runs["image"], "Add")
     assert isinstance(refused.exception, ConfigError)
     assert "only a causal-lm writes text" in str(refused.exception)

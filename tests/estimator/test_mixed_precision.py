@@ -72,10 +72,11 @@ def test_every_optimizer_takes_what_it_takes_on_a_cpu(name: str, optimizer: str)
 
 
 @pytest.mark.parametrize("rank", [3, 40, 150])
-def test_adamw_in_8_bits_takes_at_most_12_kib_less_for_each_state(rank: int):
-    """Below 4096 numbers its state is float32, which is no multiple of the rank."""
+def test_adamw_in_8_bits_takes_little_less_than_estimated(rank: int):
+    """Below 4096 numbers its state is float32, which is no multiple of the rank; nor are scales."""
     spec = step_spec("vit", optimizer="adamw-8bit")
-    bound = 2 * 2 * len(spec.targets) * 3 * LEAST_8BIT
+    states = 2 * 2 * len(spec.targets)  # two moments of A and B, 32 wide
+    bound = states * (3 * LEAST_8BIT + 4 * rank)
     estimated = TRACES(spec).peak_live(rank)
     assert 0 <= estimated - real_peak(spec, dict.fromkeys(spec.targets, rank)) <= bound
 

@@ -76,13 +76,12 @@ def test_a_killed_simulation_resumes_with_the_figures_of_one_left_alone(
 def test_a_run_that_fails_in_the_server_exits_non_zero_and_says_why(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    failed = rankfit(
-        environment, "run", *SMALL, f"run.directory={tmp_path}", "lora.targets=no_such_module"
+    failed = rankfit(  # every loss is NaN from the second step on
+        environment, "run", *SMALL, f"run.directory={tmp_path}", "train.learning-rate=1e30"
     )
     assert failed.returncode == 1
-    assert "no_such_module" in failed.stdout
+    assert "not one update was merged" in failed.stdout
     assert "finished:failed" in failed.stderr
-    assert not (tmp_path / "quickstart").exists()
 
 
 def kill_all(folder: Path) -> None:

@@ -30,7 +30,7 @@ from rankfit.client.app import app as client_app
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import to_flat
 from rankfit.server.in_process import InProcessGrid
-from rankfit.server.loop import build
+from rankfit.server.loop import build, who_holds_what
 from rankfit.strategies.methods import find
 from tests.conftest import ROOT
 from tests.tasks.test_commonsense import RECORDS, record
@@ -173,9 +173,10 @@ def test_every_command_of_the_papers_builds_model_data_partition_and_plan(
     grid = InProcessGrid(client_app, to_flat(settings), nodes)
     federation = build(settings)
     federation.strategy.prepare(grid, 1)
-    assert federation.holdings is not None
-    held = federation.holdings.counts()
-    assert len(held) == clients and held.sum() == len(federation.holdings.labels)
+    holdings = who_holds_what(federation)
+    assert holdings is not None
+    held = holdings.counts()
+    assert len(held) == clients and held.sum() == len(holdings.labels)
     if settings.partition.kind == "pathological":
         assert ((held > 0).sum(axis=1) == settings.partition.classes_per_client).all()
     plans = federation.strategy.plans
@@ -201,7 +202,7 @@ def test_the_guide_lists_every_method_ablation_and_split_of_the_papers() -> None
 
 def test_the_guide_gives_the_command_of_every_preset() -> None:
     text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
-    parts = {"fslora", "hralora", "lokr"}  # for others; no task of their own
+    parts = {"fslora", "fslora-devices", "hralora", "lokr"}  # for others; no task of their own
     for name in set(preset_names()) - parts:
         assert re.search(rf"\b{name}\b", text), name
     for line in re.findall(r"^rankfit run (.*?)(?: +#.*)?$", text, re.MULTILINE):
