@@ -12,7 +12,7 @@ import pytest
 
 from rankfit.server.loop import federate
 from tests.processes.deployment import CONNECTION
-from tests.processes.workers import Federation, federation
+from tests.processes.workers import MEMORY_MIB, Federation, federation
 from tests.server.federation import FaultyGrid
 
 pytestmark = [
@@ -37,16 +37,19 @@ def rounds(running: Federation, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def figures(running: Federation, name: str) -> list[object]:
-    """All of a run's lines but its times."""
-    timeless = {"seconds", "train-seconds"}
+def figures(running: Federation, name: str, until: int = 99) -> dict[str, object]:
+    """All figures of a run's rounds but its times, by their path in the lines."""
 
-    def strip(value: object) -> object:
+    def flat(value: object, path: str) -> Iterator[tuple[str, object]]:
         if isinstance(value, dict):
-            return {key: strip(item) for key, item in value.items() if key not in timeless}
-        return value
+            for key, item in value.items():
+                if key not in ("seconds", "train-seconds"):
+                    yield from flat(item, f"{path}.{key}")
+        else:
+            yield path, value
 
-    return [strip(line) for line in rounds(running, name)]
+    lines = [line for line in rounds(running, name) if line["round"] <= until]
+    return dict(pair for line in lines for pair in flat(line, str(line["round"])))
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
@@ -73,11 +76,14 @@ def test_figures_are_the_same_with_and_without_the_worker(running: Federation) -
     assert [status(run_id) for run_id in ids] == ["finished:completed"] * 2
     assert running.workers() == [] and running.sockets() == []
 
-    settings = running.settings("here", "client.warm=off")
+    # A deployment's nodes say themselves what they have; the preset's simulated ones count there.
+    fleet = f"fleet.memory-mib={','.join(map(str, MEMORY_MIB))}"
+    links = ("fleet.upload-mbps=", "fleet.download-mbps=")
+    settings = running.settings("here", "client.warm=off", fleet, *links)
     federate(FaultyGrid(settings, {}), settings)
     assert [line["updates"] for line in rounds(running, "here")[1:]] == [2, 2]
     assert figures(running, "warm") == figures(running, "here")
-    assert figures(running, "cold") == figures(running, "here")[:2]
+    assert figures(running, "cold") == figures(running, "here", until=1)
     texts = [log.read_text() for log in running.logs()]
     assert len(texts) == 2  # one worker for each node, none for the run without
     for text in texts:
