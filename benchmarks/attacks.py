@@ -37,6 +37,7 @@ from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.robust import length
 from rankfit.adapters.wire import WireError, read_npy
 from rankfit.client.app import app as client_app
+from rankfit.configs import protocol
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import to_flat
 from rankfit.server.in_process import InProcessGrid
@@ -91,7 +92,7 @@ class Arena:
     def _ask(self) -> Message:
         from rankfit.strategies import messages
 
-        content = messages.message(RecordDict(), 1000, messages.QUERY, 0, 60.0)
+        content = messages.message(RecordDict(), 1000, protocol.QUERY, 0, 60.0)
         return next(iter(exchange(self.grid, [content], 60.0)))[1]
 
     def play(self, attack: Attack) -> tuple[Adapter, list[Outcome]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfit.cli.estimate import Format, write
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
@@ -64,7 +65,7 @@ def read_run(directory: Path) -> tuple[RunSettings, list[dict[str, Any]]]:
     for line in rounds:
         for client, own in line.get("clients", {}).items():
             made = [p for p in plans if p["client"] == client and p["round"] <= line["round"]]
-            if not made or not own.get("peak-memory-bytes") or own.get("out-of-memory"):
+            if not made or not own.get(Metric.PEAK_MEMORY_BYTES) or own.get(Metric.OUT_OF_MEMORY):
                 continue
             rows[client] = {
                 "client": client,
@@ -72,7 +73,7 @@ def read_run(directory: Path) -> tuple[RunSettings, list[dict[str, Any]]]:
                 "plan": made[-1]["plan"],
                 "device": made[-1]["device"],
                 "expected-bytes": made[-1]["plan"]["peak-bytes"],
-                "measured-bytes": int(own["peak-memory-bytes"]),
+                "measured-bytes": int(own[Metric.PEAK_MEMORY_BYTES]),
                 "kept-free-bytes": int(own.get("kept-free-bytes", 0)),
             }
     if not rows:

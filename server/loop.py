@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rankfit.adapters.adapter import Adapter, initial
 from rankfit.adapters.names import Moves
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import RunSettings, derive, split_list
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, inputs_of
@@ -238,7 +239,14 @@ def _record(
         None if exported is adapter else exported,
     )
     federation.directory.save(checkpoint, federation.heads)
-    for key in ("train-loss", "updates", "dropped", "upload-bytes", "download-bytes", "seconds"):
+    for key in (
+        Metric.TRAIN_LOSS,
+        "updates",
+        "dropped",
+        "upload-bytes",
+        "download-bytes",
+        "seconds",
+    ):
         if key in line:
             events.add_scalar(f"round/{key}", line[key], line["round"])
     for group in ("evaluation", "diagnostics"):

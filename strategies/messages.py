@@ -10,11 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from rankfit.configs.faults import Fault
-
-QUERY = "query.capabilities"
-FINISH = "query.finish"
-TRAIN = "train"
-EVALUATE = "evaluate"
+from rankfit.configs.protocol import PLAN, Instruction
 
 #: Characters of a client's reason that are read.
 _READ = 4000
@@ -52,9 +48,9 @@ def message(
 
 
 def origin(message: Message) -> ConfigRecord:
-    """Which round of which run a message is of: an update carries it back as ``update``."""
-    plan = message.content.config_records["plan"]
-    return ConfigRecord({"round": plan["round"], "run": plan["run"]})
+    """Which round of which run a message is of: an update carries it back."""
+    plan = message.content.config_records[PLAN]
+    return ConfigRecord(Instruction.from_dict(plan).origin)
 
 
 def failure(reply: Message) -> str:

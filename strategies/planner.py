@@ -7,6 +7,7 @@ from statistics import median_low
 from typing import Any
 
 from rankfit.adapters.names import Moves
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.calibration import Corrections
 from rankfit.estimator.device_report import DeviceReport
@@ -15,7 +16,6 @@ from rankfit.estimator.plan_search import Estimator, NothingFits
 from rankfit.estimator.training_time import Pace
 from rankfit.strategies.allocation import Budget, Choice
 from rankfit.strategies.method import Method, with_head_moment, with_tail
-from rankfit.strategies.replies import SCORE
 
 
 class ScoreBook:
@@ -31,8 +31,8 @@ class ScoreBook:
     def see(self, metrics: Mapping[str, int | float]) -> None:
         """Add what one client measured."""
         for name, value in metrics.items():
-            if name.startswith(SCORE):
-                self._scores.setdefault(name.removeprefix(SCORE), []).append(float(value))
+            if name.startswith(Metric.SCORE):
+                self._scores.setdefault(name.removeprefix(Metric.SCORE), []).append(float(value))
 
     def medians(self) -> dict[str, float]:
         """Of each module that was measured."""
@@ -41,7 +41,7 @@ class ScoreBook:
     @staticmethod
     def without(metrics: Mapping[str, int | float]) -> dict[str, int | float]:
         """All other metrics."""
-        return {name: value for name, value in metrics.items() if not name.startswith(SCORE)}
+        return {name: value for name, value in metrics.items() if not name.startswith(Metric.SCORE)}
 
 
 log = logging.getLogger(__name__)

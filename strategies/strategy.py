@@ -23,8 +23,17 @@ from rankfit.adapters.merge import Merge, Update
 from rankfit.adapters.product_merges import Refactored, join
 from rankfit.adapters.robust import Vote
 from rankfit.adapters.wire import decode, encode, round_trip
+from rankfit.configs.protocol import (
+    ADAPTER,
+    DELTA,
+    EVALUATE,
+    PLAN,
+    TRAIN,
+    Instruction,
+    Metric,
+    one_line,
+)
 from rankfit.configs.settings import ConfigError, RunSettings, derive
-from rankfit.estimator.device_report import one_line
 from rankfit.estimator.plan import Plan
 from rankfit.strategies import messages
 from rankfit.strategies.diagnostics import Diagnosis
@@ -87,27 +96,29 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, int | float]:
     """Totals of a round: loss and seconds weighted or summed over the merged updates."""
     listed = list(outcomes)
     merged = [outcome for outcome in listed if outcome.merged]
-    samples = sum(float(o.metrics["num-examples"]) for o in merged)
+    samples = sum(float(o.metrics[Metric.NUM_EXAMPLES]) for o in merged)
     # A loss that is not finite is left out where it is read: that client has none.
-    with_loss = [o.metrics for o in merged if "train-loss" in o.metrics]
-    counted = sum(float(own["num-examples"]) for own in with_loss)
-    weighted = sum(float(own["train-loss"]) * float(own["num-examples"]) for own in with_loss)
+    with_loss = [o.metrics for o in merged if Metric.TRAIN_LOSS in o.metrics]
+    counted = sum(float(own[Metric.NUM_EXAMPLES]) for own in with_loss)
+    weighted = sum(
+        float(own[Metric.TRAIN_LOSS]) * float(own[Metric.NUM_EXAMPLES]) for own in with_loss
+    )
     total: dict[str, int | float] = {
         "updates": len(merged),
         "dropped": len(listed) - len(merged),
-        "num-examples": int(samples),
+        Metric.NUM_EXAMPLES: int(samples),
         "upload-bytes": sum(o.upload_bytes for o in listed),
         "download-bytes": sum(o.download_bytes for o in listed),
         "trained-parameters": sum(o.parameters for o in listed),
     }
-    return total | ({"train-loss": weighted / counted} if counted else {})
+    return total | ({Metric.TRAIN_LOSS: weighted / counted} if counted else {})
 
 
 def spent(settings: RunSettings, metrics: Metrics) -> tuple[float, int]:
     """Seconds of training and samples trained on in a round, as its metrics say."""
-    held, train = int(metrics["num-examples"]), settings.train
+    held, train = int(metrics[Metric.NUM_EXAMPLES]), settings.train
     examples = train.steps * min(train.batch_size, held) if train.steps else train.epochs * held
-    return float(metrics.get("train-seconds", 0.0)), examples
+    return float(metrics.get(Metric.TRAIN_SECONDS, 0.0)), examples
 
 
 log = logging.getLogger(__name__)
@@ -278,11 +289,11 @@ class Dispatch:
             if diagnosis is not None:
                 diagnosis.start(parcel.truncation)
             share = parcel.share
-            config = self._config(share.given.scale) | {"client": client}
-            record = ConfigRecord({**config, **plan.to_dict()})
+            instruction = self._instruction(share.given.scale, plan, client)
+            record = ConfigRecord(replace(instruction, plan=plan.to_dict()).to_dict())
             adapter_record, extra, sent_bytes = self._without_held(parcel, node_id)
-            content = RecordDict({"adapter": adapter_record, "plan": record, **extra})
-            outgoing.append(self._message(content, node_id, messages.TRAIN))
+            content = RecordDict({ADAPTER: adapter_record, PLAN: record, **extra})
+            outgoing.append(self._message(content, node_id, TRAIN))
             assignments.append(
                 Assignment(
                     client, node_id, plan, share.given, sent_bytes, share.indices, parcel.prints
@@ -290,15 +301,15 @@ class Dispatch:
             )
         return assignments, outgoing
 
-    def evaluation(self, adapter: Adapter, nodes: list[tuple[int, Plan]]) -> list[Message]:
-        """One message for each (node id, plan), with the whole adapter, on the plan's base."""
+    def evaluation(self, adapter: Adapter, nodes: list[tuple[str, int, Plan]]) -> list[Message]:
+        """One message for each (client, node id, plan): the whole adapter, on the plan's base."""
         arrays = encode(adapter.state_dict(), self._settings.wire.dtype)
         record = messages.arrays_record(arrays)
         outgoing = []
-        for node_id, plan in nodes:
-            config = ConfigRecord({**self._config(adapter.scale), "precision": plan.precision})
-            content = RecordDict({"adapter": record, "plan": config})
-            outgoing.append(self._message(content, node_id, messages.EVALUATE))
+        for client, node_id, plan in nodes:
+            config = ConfigRecord(self._instruction(adapter.scale, plan, client).to_dict())
+            content = RecordDict({ADAPTER: record, PLAN: config})
+            outgoing.append(self._message(content, node_id, EVALUATE))
         return outgoing
 
     def _parcel(
@@ -331,7 +342,7 @@ class Dispatch:
         sent, record, extra = parcel.arrays, parcel.record, dict[str, ConfigRecord]()
         if self._settings.wire.delta:
             fewer, places = leave_out(sent, parcel.prints, self._held.get(node_id, {}))
-            extra["held"] = ConfigRecord({**places})
+            extra[DELTA] = ConfigRecord({**places})
             if places:
                 sent, record = fewer, messages.arrays_record(fewer)
         return record, extra, sum(array.nbytes for array in sent.values())
@@ -341,11 +352,10 @@ class Dispatch:
         state = round_trip(adapter.state_dict(), self._settings.wire.dtype)
         return Adapter.from_state_dict(state, adapter.scale)
 
-    def _config(self, scale: float) -> dict[str, int | float | str]:
-        return {
-            "round": self._number, "scale": scale, "fingerprint": self._fingerprint,
-            "run": self._identity,
-        }  # fmt: skip
+    def _instruction(self, scale: float, plan: Plan, client: str) -> Instruction:
+        return Instruction(
+            self._number, self._identity, client, scale, self._fingerprint, plan.precision
+        )
 
     def _message(self, content: RecordDict, node_id: int, kind: str) -> Message:
         ttl = self._settings.server.round_timeout_seconds
@@ -571,7 +581,7 @@ class HeterogeneousLora(Strategy):
         """Build one evaluation message, with the whole global adapter, for each client."""
         seed = derive(self.settings.run.seed, "evaluate", server_round)
         clients = sample(self.plans, self.settings.server.clients_per_round, seed)
-        nodes = [(self.fleet.devices[client].node_id, self.plans[client]) for client in clients]
+        nodes = [(c, self.fleet.devices[c].node_id, self.plans[c]) for c in clients]
         return self._dispatch(server_round).evaluation(adapter, nodes)
 
     def state(self) -> dict[str, Any]:
@@ -642,7 +652,7 @@ class HeterogeneousLora(Strategy):
             except Refused as refused:
                 node = reply.metadata.src_node_id
                 log.warning("the evaluation of node %d is left out: %s", node, refused)
-        counts = [float(metrics["num-examples"]) for metrics in usable]
+        counts = [float(metrics[Metric.NUM_EXAMPLES]) for metrics in usable]
         most = largest_weight(counts, self.settings.server.max_weight_share)
         return pooled(at_most(metrics, most) for metrics in usable)
 
@@ -695,7 +705,7 @@ class HeterogeneousLora(Strategy):
             dropped = _dropped(assignment, refused.kind, str(refused), metrics, upload)
             current.outcomes[client] = dropped
             return
-        metrics["num-examples"] = max(1, int(update.weight))
+        metrics[Metric.NUM_EXAMPLES] = max(1, int(update.weight))
         if self.settings.server.sampling == "samples":
             # Clients of many samples come more often; they must not count for more as well.
             update = replace(update, weight=1.0)
@@ -707,7 +717,7 @@ class HeterogeneousLora(Strategy):
             return
         # Plain averaging has the rank of its first update: that of a client that fell back to a
         # smaller one must not decide for the others.
-        ready = sorted(current.waiting, key=lambda own: "rank-cap" in own.metrics)
+        ready = sorted(current.waiting, key=lambda own: Metric.RANK_CAP in own.metrics)
         current.waiting = []
         moves = ready[0].assignment.plan.moves if ready else "both"
         for own, judged in zip(
@@ -752,17 +762,17 @@ class HeterogeneousLora(Strategy):
         """Learn from an update that was merged; its outcome."""
         assignment, metrics = own.assignment, own.metrics
         client, plan = assignment.client, assignment.plan
-        if metrics.get("out-of-memory", 0) > 0:
+        if metrics.get(Metric.OUT_OF_MEMORY, 0) > 0:
             log.warning(
                 "client %s ran out of memory and fell back to micro-batch %d, rank %d",
-                client, metrics.get("micro-batch", 0), metrics.get("rank-cap", plan.rank),
+                client, metrics.get(Metric.MICRO_BATCH, 0), metrics.get(Metric.RANK_CAP, plan.rank),
             )  # fmt: skip
             self.planner.ran_out(client, plan)
         if current.diagnosis is not None:
             current.diagnosis.see(update)
         current.scores.see(metrics)
-        if metrics.get("pruned", 0) > 0:
-            self.planner.pruned(client, int(metrics["rank-cap"]))
+        if metrics.get(Metric.PRUNED, 0) > 0:
+            self.planner.pruned(client, int(metrics[Metric.RANK_CAP]))
         known = ScoreBook.without(self._measured(assignment, metrics))
         return replace(_dropped(assignment, "", "", known, own.upload_bytes), merged=True)
 
@@ -786,9 +796,9 @@ class HeterogeneousLora(Strategy):
     def _measured(self, assignment: Assignment, metrics: Metrics) -> Metrics:
         """Learn from the measured peak of an update; return its metrics with what was expected."""
         client, plan = assignment.client, assignment.plan
-        if not metrics.get("out-of-memory", 0):
-            if metrics.get("peak-memory-bytes", 0) > 0:
-                self.planner.measured(client, plan, int(metrics["peak-memory-bytes"]))
+        if not metrics.get(Metric.OUT_OF_MEMORY, 0):
+            if metrics.get(Metric.PEAK_MEMORY_BYTES, 0) > 0:
+                self.planner.measured(client, plan, int(metrics[Metric.PEAK_MEMORY_BYTES]))
             self.planner.timed(client, plan, *spent(self.settings, metrics))
         kept = self.planner.kept_free(client)
         return {**metrics, "expected-peak-bytes": plan.peak_bytes, "kept-free-bytes": kept}

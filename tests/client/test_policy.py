@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from rankfit.cli.main import app as command
 from rankfit.client.app import app as client_app
 from rankfit.client.policy import OWNER, Policy, PolicyError, everything
+from rankfit.configs import protocol
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings, from_flat, to_flat
 from rankfit.server.in_process import InProcessGrid
@@ -31,7 +32,7 @@ def refusals(policy: Policy, settings: RunSettings, data_path: str | None = None
 
 def ask(node: Node, settings: RunSettings) -> Message:
     InProcessGrid(client_app, {}, [])  # messages are made within a run
-    message = Message(RecordDict(), 5, messages.QUERY)
+    message = Message(RecordDict(), 5, protocol.QUERY)
     return client_app(message, Context(1, 5, node, RecordDict(), to_flat(settings)))
 
 
