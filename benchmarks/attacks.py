@@ -44,7 +44,7 @@ from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import build
 from rankfit.strategies import replies
 from rankfit.strategies.fleet import exchange
-from rankfit.strategies.strategy import Outcome
+from rankfit.strategies.training_round import Outcome
 
 RESULT = Path(__file__).parent / "results" / "attacks.json"
 #: Position of the hostile client in its round.
@@ -105,7 +105,7 @@ class Arena:
             if position == HOSTILE:
                 sent = attack(clone(reply))
             if sent is not None:
-                self.strategy.fold(position, sent)
+                self.strategy.receive(position, sent)
         return self.strategy.close_round()
 
     def moved(self, adapter: Adapter) -> float:

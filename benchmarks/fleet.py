@@ -156,7 +156,7 @@ def measure(clients: int, rounds: int, preset: str) -> dict[str, Any]:
             outgoing = strategy.open_round(number, adapter, grid)
             watch.lap("configure")
             for position, reply in exchange(grid, outgoing, 3600.0):
-                strategy.fold(position, reply)
+                strategy.receive(position, reply)
             watch.lap("fold")
             adapter, outcomes = strategy.close_round()
             watch.lap("finish")

@@ -26,7 +26,8 @@ from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.method import configured
 from rankfit.strategies.methods import find
 from rankfit.strategies.planner import Planner
-from rankfit.strategies.strategy import HeterogeneousLora, Outcome, summarise
+from rankfit.strategies.strategy import HeterogeneousLora
+from rankfit.strategies.training_round import Outcome, summarise
 from rankfit.tasks import load_task
 from rankfit.tasks.base_model import (
     check_quantizable,
@@ -186,7 +187,7 @@ def play_round(
     strategy, settings = federation.strategy, federation.settings
     replies = exchange(grid, outgoing, settings.server.round_timeout_seconds)
     for position, reply in in_order(replies, settings.server.max_waiting_updates):
-        strategy.fold(position, reply)
+        strategy.receive(position, reply)
     adapter, outcomes = strategy.close_round()
     line: dict[str, Any] = {"round": number, **summarise(outcomes)}
     line["train-seconds"] = round(time.monotonic() - began, 3)

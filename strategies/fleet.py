@@ -3,17 +3,19 @@
 import logging
 import os
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from rankfit.configs.protocol import FINISH, LINK, PAYLOAD, QUERY, LinkProbe
-from rankfit.configs.settings import derive
+from rankfit.configs.settings import RunSettings, derive
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.strategies import messages
 from rankfit.strategies.replies import Refused, keeps_worker, partitions, read_failure, read_report
@@ -84,6 +86,8 @@ def _seconds(grid: Grid, node_id: int, content: RecordDict, timeout: float) -> f
     return None
 
 
+#: The program as which a SuperLink starts a ServerApp; that of a simulation has another name.
+_DEPLOYED = "flwr-serverapp"
 #: Seconds between two looks for new nodes or replies.
 PAUSE = 0.1
 #: Seconds that a known client has to report again; its last report counts after that.
@@ -190,6 +194,16 @@ class Fleet:
         #: By node the number of nodes that share its data set (0 = it has files of its own).
         self._shares: dict[int, int] = {}
         self._gathered = False
+
+    @classmethod
+    def of(cls, settings: RunSettings) -> "Fleet":
+        """The fleet of a run; names belong to nodes where a SuperLink with keys started it."""
+        names, deployed = settings.server.bind_names, Path(sys.argv[0]).stem == _DEPLOYED
+        return cls(
+            settings.server.wait_seconds,
+            int(settings.plan.measure_link_mib * 2**20),
+            bind_names=names == "on" or (names == "auto" and deployed),
+        )
 
     @property
     def partitions(self) -> int:

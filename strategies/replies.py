@@ -28,6 +28,7 @@ from rankfit.adapters.wire import (
     payload_bytes,
     read_npy,
 )
+from rankfit.configs.faults import Fault
 from rankfit.configs.protocol import (
     ADAPTER,
     CLIENT,
@@ -49,7 +50,6 @@ from rankfit.configs.protocol import (
 from rankfit.configs.settings import RunSettings, split_list
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
-from rankfit.strategies import messages
 from rankfit.tasks.metrics import DEFAULT
 
 Metrics = Mapping[str, int | float]
@@ -59,6 +59,21 @@ Metrics = Mapping[str, int | float]
 LARGEST_VALUE, LARGEST_MERGED = 1e5, 1e9
 #: Characters of a reason, and of a name in it.
 _REASON, _NAME = 300, 120
+
+#: Characters of a client's reason that are read.
+_READ = 4000
+#: Flower's error codes; 3, 4 and 5 are written by the SuperLink on the client's behalf.
+_ERRORS = {
+    0: "unknown error, or its process died",
+    1: "its app could not be loaded",
+    2: "it raised an error",
+    3: "the message expired before it was fetched",
+    4: "its reply never came",
+    5: "its node is gone",
+    6: "a mod refused the message",
+    7: "its app bundle is invalid",
+    8: "its process died",
+}
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -143,11 +158,25 @@ def total(read: Callable[_P, _T]) -> Callable[_P, _T]:
     return guarded
 
 
+def failure(reply: Message) -> str:
+    """Say why a reply carries an error, in words that are the server's own."""
+    found = fault(reply)
+    if found is not None:
+        return found.sentence()
+    # What else stands there may come from anyone, and hold anything: it is not shown.
+    return _ERRORS.get(reply.error.code, f"error {reply.error.code}")
+
+
+def fault(reply: Message) -> Fault | None:
+    """The fault that a reply with an error names; None if it names none of RankFit's."""
+    return Fault.read((reply.error.reason or "")[:_READ])
+
+
 def read_failure(reply: Message) -> Failure:
     """Why a reply carries an error; its text is cleaned and cut."""
     try:
-        found = messages.fault(reply)
-        text = messages.failure(reply)
+        found = fault(reply)
+        text = failure(reply)
     except Exception as error:  # noqa: BLE001 - see total
         found, text = None, f"an error that cannot be read ({type(error).__name__})"
     # Not even its smallest fall-back fitted.

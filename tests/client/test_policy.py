@@ -15,7 +15,7 @@ from rankfit.configs import protocol
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings, from_flat, to_flat
 from rankfit.server.in_process import InProcessGrid
-from rankfit.strategies import messages
+from rankfit.strategies import replies
 from rankfit.strategies.replies import read_report
 from rankfit.tasks.data import DataError, read_data
 
@@ -40,7 +40,7 @@ def code(node: Node, settings: RunSettings) -> str:
     reply = ask(node, settings)
     if not reply.has_error():
         return ""
-    fault = messages.fault(reply)
+    fault = replies.fault(reply)
     assert fault is not None
     return fault.code
 
