@@ -93,7 +93,6 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
     from rankfit.estimator.memory import tail_ranks
     from rankfit.estimator.plan_search import Estimator, inputs_of
     from rankfit.estimator.tracer import TraceCache
-    from rankfit.strategies.method import with_head_moment
     from rankfit.tasks import load_task
     from rankfit.tasks.base_model import load_config
 
@@ -108,10 +107,10 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
         plan = Plan.from_dict(row["plan"])
         key = (plan.moves, plan.rates.whole_head)
         if key not in estimators:
-            planned = with_head_moment(settings, plan.rates)
             estimators[key] = Estimator.for_run(
-                planned, config, inputs, phases=(plan.moves,), traces=traces
-            )
+                settings, config, inputs, phases=(plan.moves,),
+                whole_head=plan.rates.whole_head, traces=traces,
+            )  # fmt: skip
         report = DeviceReport.from_dict(row["device"])
         tails = tail_ranks(plan.ranks, plan.tail_rank)
         split = _estimated(estimators[key], report, plan, tails)

@@ -12,7 +12,6 @@ from flwr.serverapp import Grid
 from torch.utils.tensorboard import SummaryWriter
 
 from rankfit.adapters.adapter import Adapter, initial
-from rankfit.adapters.names import Moves
 from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import RunSettings, derive, split_list
 from rankfit.estimator.plan import Plan
@@ -147,9 +146,11 @@ def build(settings: RunSettings) -> Federation:
     shapes = target_shapes(base, targets, settings.lora.rank)
     inputs = inputs_of(task.example_batch(1))
 
-    def estimator(planned: RunSettings, phases: tuple[Moves, ...]) -> Estimator:
-        return Estimator.for_run(planned, base.config, inputs, phases=phases, traces=_TRACES)
-
+    phases = method.schedule(1, settings).phases
+    estimator = Estimator.for_run(
+        settings, base.config, inputs, phases=phases, whole_head=method.rates.whole_head,
+        traces=_TRACES,
+    )  # fmt: skip
     start = initial(
         shapes,
         settings.lora.rank,
