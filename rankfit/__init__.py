@@ -11,6 +11,14 @@ import importlib
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what _PUBLIC names, for editors and type checkers
+    from rankfit.adapters.adapter import Adapter as Adapter
+    from rankfit.cli.api import run as run
+    from rankfit.configs.compose import compose as compose
+    from rankfit.configs.settings import RunSettings as RunSettings
+    from rankfit.estimator.device_report import DeviceReport as DeviceReport
 
 __version__ = "0.1.0"
 

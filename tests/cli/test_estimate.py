@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from rankfit.cli.estimate import (
     latex,
     make_estimator,
-    plot,
+    plot_ranks,
     rank_by_link,
     rank_by_memory,
     read_fleet,
@@ -141,7 +141,7 @@ def test_plots_of_rank_and_memory(tmp_path: Path):
     speeds, bounds = rank_by_link(estimator)
     assert sorted(bounds) == bounds and bounds[-1] == 8 and len(speeds) == len(bounds)
     with pytest.raises(ConfigError, match="expected a file that ends in .svg"):
-        plot(estimator, read_fleet(_fleet(tmp_path))[0], tmp_path / "plot.txt")
+        plot_ranks(estimator, read_fleet(_fleet(tmp_path))[0], tmp_path / "plot.txt")
 
 
 def _fleet(folder: Path) -> Path:

@@ -58,7 +58,7 @@ def test_every_setting_is_declared_whole() -> None:
         assert own.description.endswith((".", ")")) and len(own.description) > 15, own
         if own.type in ("whole number", "number"):
             assert own.range, f"{own.key} has no range"
-    assert found["run.rounds"].told() == "whole number ≥ 1, in rounds"
+    assert found["run.rounds"].form() == "whole number ≥ 1, in rounds"
     assert found["plan.margin-mib"].unit == "MiB" and found["client.idle-seconds"].unit == "s"
     assert found["lora.dropout"].range == "≥ 0, < 1"
     assert found["wire.dtype"].choices == ("float32", "float16", "bfloat16", "int8")
@@ -196,7 +196,7 @@ def test_a_bad_preset_file_is_refused_by_name(text: str, message: str, tmp_path:
 def test_overrides_take_the_settings_type() -> None:
     assert parse_override("run.name=7") == {"run.name": "7"}
     assert parse_override('fleet.memory-mib="2,4"') == {"fleet.memory-mib": "2,4"}
-    assert parse_override("method.tail=true") == {"method.tail": True}
+    assert parse_override("method.remainder=true") == {"method.remainder": True}
     assert parse_override("train.learning-rate=1e-3") == {"train.learning-rate": 1e-3}
 
 
