@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 _GENUINE = (
     "aten._local_scalar_dense", "aten.empty", "aten.new_empty", "aten.resize_", "aten.set_",
     "aten.record_stream", "aten.is_pinned", "aten._pin_memory", "aten._fused_sdp_choice",
-    "aten.detach", "aten.lift_fresh", "prim.device",
+    "aten.detach", "aten.lift_fresh", "prim.device", "c10d.",  # collectives: by the stub of NCCL
 )  # fmt: skip
 #: Numbers of an uncomputed result that are set to zero.
 _SMALL = 1 << 16
