@@ -710,9 +710,9 @@ class HeterogeneousLora(Strategy):
         ready = sorted(current.waiting, key=lambda own: "rank-cap" in own.metrics)
         current.waiting = []
         moves = ready[0].assignment.plan.moves if ready else "both"
-        for own, judged in zip(
-            ready, self.screening.judge([own.update for own in ready], moves), strict=True
-        ):
+        known = [self.screening.is_known(own.assignment.client) for own in ready]
+        updates = [own.update for own in ready]
+        for own, judged in zip(ready, self.screening.judge(updates, moves, known), strict=True):
             try:
                 if isinstance(judged, Refused):
                     raise judged
