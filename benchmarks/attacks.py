@@ -5,7 +5,7 @@ and the round is folded and closed again. No attack may end the run, and none ma
 adapter other than a capped update of that client could. ``--mutations`` changes bytes and figures
 at random besides, and watches time and memory.
 
-    python -m benchmarks.attacks                 # tables, and benchmarks/results/attacks.json
+    python -m benchmarks.attacks                 # tables, docs/security.md and attacks.json
     python -m benchmarks.attacks --mutations 0   # the attacks alone
 """
 
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from benchmarks.machine import machine, write_record
+from benchmarks.machine import machine, write_record, write_table
 from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.robust import length
 from rankfit.adapters.wire import WireError, read_npy
@@ -45,6 +45,7 @@ from rankfit.strategies.fleet import exchange
 from rankfit.strategies.strategy import Outcome
 
 RESULT = Path(__file__).parent / "results" / "attacks.json"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"
 #: Position of the hostile client in its round.
 HOSTILE = 2
 #: A reply that a client sent → what it sends in its place (None = nothing at all).
@@ -643,6 +644,8 @@ def main() -> None:
     write_record(options.output, record)
     for line in tables(record):
         print(line)
+    if options.output == RESULT:
+        write_table(DOCUMENT, "attacks", tables(record))
 
 
 if __name__ == "__main__":

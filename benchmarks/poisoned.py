@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -23,17 +24,19 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord
 
-from benchmarks.machine import machine, write_record
+from benchmarks.machine import machine, write_record, write_table
 from rankfit.adapters.wire import leading
 from rankfit.client.app import app as client_app
+from rankfit.client.policy import everything
 from rankfit.client.workspace import workspace
 from rankfit.configs.compose import compose
-from rankfit.configs.settings import RunSettings, to_flat
+from rankfit.configs.settings import RunSettings, from_flat, to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import RunFailed, federate
 from rankfit.strategies.screening import Screening
 
 RESULT = Path(__file__).parent / "results" / "poisoned.json"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"
 CLIENTS, HOSTILE = 15, (0, 1, 2)
 MERGES: dict[str, tuple[str, ...]] = {
     "plain merge, no limits": (
@@ -74,14 +77,24 @@ def claims(message: Message, reply: Message) -> None:
 
 @contextmanager
 def flipped_labels(settings: RunSettings) -> Iterator[None]:
-    """Class c of ten is 9 − c while a client trains."""
-    labels = workspace(settings, None).task.train.labels
+    """Class c of ten is 9 − c while a client trains.
+
+    Raises
+    ------
+    RuntimeError
+        If the client has trained on other data than what was flipped.
+    """
+    space = workspace(from_flat(to_flat(settings)), None, everything())
+    space.samples(0, CLIENTS)  # the partition is made from the labels as they are
+    loaded, labels = workspace.cache_info().misses, space.task.train.labels
     kept = labels.copy()
     np.subtract(labels.max(), labels, out=labels)
     try:
         yield
     finally:
         labels[:] = kept
+    if workspace.cache_info().misses != loaded:
+        raise RuntimeError("the client has loaded the data anew: its labels were not flipped")
 
 
 ATTACKS: dict[str, Callable[[Message, Message], None] | None] = {
@@ -133,12 +146,20 @@ def measure(attack: str, merge: str, rounds: int, seed: int) -> dict[str, Any]:
             return {"attack": attack, "merge": merge, "seed": seed, "failed": failed}
         text = (Path(folder) / "poisoned" / "rounds.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
+    kinds = Counter(
+        own["kind"]
+        for line in lines
+        for own in line.get("clients", {}).values()
+        if not own["merged"]
+    )
+    if "client error" in kinds:
+        raise RuntimeError(f"clients that attack with {attack!r} failed instead: {kinds}")
     return {
         "attack": attack,
         "merge": merge,
         "seed": seed,
         "accuracy": round(lines[-1]["evaluation"].get("accuracy", 0.0), 4),
-        "dropped": sum(line.get("dropped", 0) for line in lines),
+        "dropped": dict(kinds),
         "updates": sum(line.get("updates", 0) for line in lines),
     }
 
@@ -146,7 +167,7 @@ def measure(attack: str, merge: str, rounds: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Measure each attack with each merge, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--merges", nargs="*", default=list(MERGES), choices=list(MERGES))
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))
@@ -167,6 +188,8 @@ def main() -> None:
                 write_record(options.output, record | {"results": results})
     for line in table([own for own in results if own["seed"] == options.seed]):
         print(line)
+    if options.output == RESULT:
+        write_table(DOCUMENT, "poisoned", table([own for own in results if own["seed"] == 0]))
 
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
