@@ -152,7 +152,7 @@ def measure(attack: str, merge: str, rounds: int, seed: int) -> dict[str, Any]:
         for own in line.get("clients", {}).values()
         if not own["merged"]
     )
-    if "client error" in kinds:
+    if any(kind.startswith("client error") for kind in kinds):
         raise RuntimeError(f"clients that attack with {attack!r} failed instead: {kinds}")
     return {
         "attack": attack,
@@ -167,7 +167,7 @@ def measure(attack: str, merge: str, rounds: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Measure each attack with each merge, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--merges", nargs="*", default=list(MERGES), choices=list(MERGES))
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))

@@ -3,11 +3,12 @@
 A client's claims are measured against those of the others: its change against the median length of
 the round's changes (factors and head apart), its samples against what it said first and against the
 median of the round; samples that the server knows a client to have (its part of a data set that the
-server divides) are no claim, and count in full. Medians need all updates of a round, so these wait until the round closes, but
-no more than ``server.max-waiting-updates`` at a time: beyond it, updates are judged by those that
-came so far, and memory stays bounded. A round of fewer than :data:`FEW` updates has no majority;
-the lengths of the last merged ones (of the same factors) are asked as well. In a first round of one
-or two updates nobody can be asked: then only the absolute limits hold.
+server divides) are no claim, and count in full. Medians need all updates of a round, so these wait
+until the round closes, but no more than ``server.max-waiting-updates`` at a time: beyond it,
+updates are judged by those that came so far, and memory stays bounded. A round of fewer than
+:data:`FEW` updates has no majority; the lengths of the last merged ones (of the same factors) are
+asked as well. In a first round of one or two updates nobody can be asked: then only the absolute
+limits hold.
 """
 
 import logging
@@ -122,7 +123,9 @@ class Screening:
         kept = [position for position, one in enumerate(judged) if isinstance(one, Update)]
         self._remember(moves, [lengths[position] for position in kept])
         sure = [bool(known) and known[position] for position in kept]
-        for position, one in zip(kept, self._weighted([judged[p] for p in kept], sure), strict=True):  # type: ignore[misc]
+        for position, one in zip(
+            kept, self._weighted([judged[p] for p in kept], sure), strict=True
+        ):  # type: ignore[misc]
             judged[position] = one
         return judged
 
