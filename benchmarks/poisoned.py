@@ -2,9 +2,10 @@
 
 The quickstart with 15 devices of three ranks, ten in a round; three of them (one of each rank) are
 hostile in every round: they send the negative of their change, noise, ten times their change, train
-on flipped labels, or claim a thousand million samples. The server knows nothing of what a client
-has, as where each node has data of its own: otherwise claims would be bounded by the partition.
-What is in the JSON already is not run again.
+on flipped labels, or claim 10⁹ samples; ``absent`` ones fail instead. With an uneven split their
+data is missed, whatever the merge: the split into equal parts shows the attack alone. The server
+knows nothing of what a client has, as where each node has data of its own: otherwise claims would
+be bounded by the partition. What is in the JSON already is not run again.
 
     python -m benchmarks.poisoned       # a table, and benchmarks/results/poisoned.json
 """
@@ -16,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -99,6 +101,7 @@ def flipped_labels(settings: RunSettings) -> Iterator[None]:
 
 ATTACKS: dict[str, Callable[[Message, Message], None] | None] = {
     "none": None,
+    "absent": None,
     "sign flip": moved(lambda change, noise: -change),
     "noise": moved(lambda change, noise: torch.randn(change.shape, generator=noise)),
     "scaled": moved(lambda change, noise: 10 * change),
@@ -116,6 +119,8 @@ class Hostile(InProcessGrid):
         def handle(message: Message, context: Context) -> Message:
             hostile = context.node_config["partition-id"] in HOSTILE
             training = message.metadata.message_type == "train"
+            if attack == "absent" and hostile and training:
+                raise ConnectionError("this client has gone")
             flips = attack == "label flip" and hostile and training
             with flipped_labels(settings) if flips else nullcontext():
                 reply = client_app(message, context)
@@ -127,23 +132,24 @@ class Hostile(InProcessGrid):
         super().__init__(handle, to_flat(settings), nodes)
 
 
-def measure(attack: str, merge: str, rounds: int, seed: int) -> dict[str, Any]:
+def measure(attack: str, merge: str, split: str, rounds: int, seed: int) -> dict[str, Any]:
     """One run."""
+    own: dict[str, Any] = {"attack": attack, "merge": merge, "split": split, "seed": seed}
     with tempfile.TemporaryDirectory() as folder:
         settings = compose(
             [
                 "quickstart", f"run.directory={folder}", "run.name=poisoned", f"run.seed={seed}",
                 f"run.rounds={rounds}", f"simulation.clients={CLIENTS}",
                 f"server.min-clients={CLIENTS}", "server.clients-per-round=10",
-                "server.diagnostics=false", f"server.evaluate-every={rounds}", *MERGES[merge],
+                "server.diagnostics=false", f"partition.kind={split}",
+                f"server.evaluate-every={rounds}", *MERGES[merge],
             ]
         )  # fmt: skip
         try:
             with redirect_stdout(None), patch.object(Screening, "know", lambda *known: None):
                 federate(Hostile(settings, attack), settings)
         except RunFailed as error:
-            failed = str(error)
-            return {"attack": attack, "merge": merge, "seed": seed, "failed": failed}
+            return own | {"failed": str(error)}
         text = (Path(folder) / "poisoned" / "rounds.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     kinds = Counter(
@@ -152,12 +158,9 @@ def measure(attack: str, merge: str, rounds: int, seed: int) -> dict[str, Any]:
         for own in line.get("clients", {}).values()
         if not own["merged"]
     )
-    if any(kind.startswith("client error") for kind in kinds):
+    if attack != "absent" and any(kind.startswith("client error") for kind in kinds):
         raise RuntimeError(f"clients that attack with {attack!r} failed instead: {kinds}")
-    return {
-        "attack": attack,
-        "merge": merge,
-        "seed": seed,
+    return own | {
         "accuracy": round(lines[-1]["evaluation"].get("accuracy", 0.0), 4),
         "dropped": dict(kinds),
         "updates": sum(line.get("updates", 0) for line in lines),
@@ -167,7 +170,8 @@ def measure(attack: str, merge: str, rounds: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Measure each attack with each merge, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--splits", nargs="*", default=["iid", "dirichlet"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--merges", nargs="*", default=list(MERGES), choices=list(MERGES))
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))
@@ -180,29 +184,26 @@ def main() -> None:
     if options.output.exists():
         before = json.loads(options.output.read_text())
         results = before["results"] if before["rounds"] == options.rounds else []
-    done = {(own["attack"], own["merge"], own["seed"]) for own in results}
-    for merge in options.merges:
-        for attack in options.attacks:
-            if (attack, merge, options.seed) not in done:
-                results.append(measure(attack, merge, options.rounds, options.seed))
-                write_record(options.output, record | {"results": results})
-    for line in table([own for own in results if own["seed"] == options.seed]):
-        print(line)
+    done = {(own["attack"], own["merge"], own["split"], own["seed"]) for own in results}
+    for split, merge, attack in product(options.splits, options.merges, options.attacks):
+        if (attack, merge, split, options.seed) not in done:
+            results.append(measure(attack, merge, split, options.rounds, options.seed))
+            write_record(options.output, record | {"results": results})
+    lines = list(table([own for own in results if own["seed"] == options.seed]))
+    print("\n".join(lines))
     if options.output == RESULT:
-        write_table(DOCUMENT, "poisoned", table([own for own in results if own["seed"] == 0]))
+        write_table(DOCUMENT, "poisoned", lines)
 
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
-    """Accuracy by merge and attack, as a table of docs/security.md."""
-    accuracy = {(own["merge"], own["attack"]): own.get("accuracy", 0.0) for own in results}
-    yield " | ".join(["| merge", *ATTACKS]) + " |"
-    yield "|---" * (len(ATTACKS) + 1) + "|"
-    for merge in MERGES:
-        own = [accuracy.get((merge, attack)) for attack in ATTACKS]
-        if any(one is not None for one in own):
-            yield (
-                " | ".join([f"| {merge}", *("–" if o is None else f"{o:.3f}" for o in own)]) + " |"
-            )
+    """Accuracy by split, merge and attack, as a table of docs/security.md."""
+    accuracy = {(r["split"], r["merge"], r["attack"]): r.get("accuracy", 0.0) for r in results}
+    yield " | ".join(["| split | merge", *ATTACKS]) + " |"
+    yield "|---" * (len(ATTACKS) + 2) + "|"
+    for split, merge in dict.fromkeys((r["split"], r["merge"]) for r in results):
+        own = [accuracy.get((split, merge, attack)) for attack in ATTACKS]
+        shown = ("–" if one is None else f"{one:.3f}" for one in own)
+        yield " | ".join([f"| {split} | {merge}", *shown]) + " |"
 
 
 if __name__ == "__main__":
