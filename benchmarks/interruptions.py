@@ -48,7 +48,7 @@ def settings_of(folder: Path, resume: bool, rounds: int) -> RunSettings:
             f"run.resume={str(resume).lower()}", f"simulation.clients={CLIENTS}",
             f"server.min-clients={CLIENTS}", f"server.clients-per-round={CLIENTS}",
             "partition.kind=iid", "train.steps=1", "server.diagnostics=false",
-            f"server.evaluate-every={rounds}", "plan.read-memory=once",
+            "server.evaluate-every=1000", "plan.read-memory=once",
         ]
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def disks(folder: Path, whole: Path, count: int) -> dict[str, Any]:
     size = sum(4096 * (1 + f.stat().st_size // 4096) for f in whole.rglob("*") if f.is_file())
     endings, lost = Counter[str](), 0
     for step in range(count):
-        room = size + 16 * 4096 + step * size // count
+        room = size + 4096 * (1 + step) + step * size // (2 * count)
         folder.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], check=True)
         try:
