@@ -109,10 +109,10 @@ class Screening:
 
         Parameters
         ----------
-        known : Sequence[bool]
-            For each update, whether its weight is known to the server (empty = none is).
         moves : {"both", "a", "b"}
             Which factors moved: changes of other ones are of other lengths.
+        known : Sequence[bool]
+            For each update, whether its weight is known to the server (empty = none is).
         """
         lengths = [length(update.given, update.trained) for update in updates]
         self._seen += lengths
@@ -120,13 +120,11 @@ class Screening:
         if len(asked) < FEW:
             asked += self._lengths.get(moves, [])
         judged = [self._limited(u, own, asked) for u, own in zip(updates, lengths, strict=True)]
-        kept = [position for position, one in enumerate(judged) if isinstance(one, Update)]
-        self._remember(moves, [lengths[position] for position in kept])
-        sure = [bool(known) and known[position] for position in kept]
-        for position, one in zip(
-            kept, self._weighted([judged[p] for p in kept], sure), strict=True
-        ):  # type: ignore[misc]
-            judged[position] = one
+        kept = {place: one for place, one in enumerate(judged) if isinstance(one, Update)}
+        self._remember(moves, [lengths[place] for place in kept])
+        sure = [bool(known) and known[place] for place in kept]
+        for place, one in zip(kept, self._weighted([*kept.values()], sure), strict=True):
+            judged[place] = one
         return judged
 
     def state(self) -> dict[str, Any]:
