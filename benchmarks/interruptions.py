@@ -123,18 +123,26 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     """Kill a run ``count`` times; how far it came."""
     draw, done, lost = random.Random(0), 0, 0
     settings = settings_of(folder, True, 10**6)
-    longest = 0.0
-    while longest < 0.05:  # until a first round after a start is measured
-        began = time.monotonic()
+    process, read = in_a_process(settings)
+    began = time.monotonic()
+    assert os.read(read, 1), "the run has ended by itself"
+    start = time.monotonic() - began  # until the first round after a start is done
+    os.read(read, 100)
+    began = time.monotonic()
+    assert os.read(read, 1), "the run has ended by itself"
+    each = time.monotonic() - began
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    os.close(read)
+    for number in range(count):
         process, read = in_a_process(settings)
-        os.read(read, 1)
-        longest = time.monotonic() - began
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        os.close(read)
-    for _ in range(count):
-        process, read = in_a_process(settings)
-        time.sleep(draw.uniform(0.0, 1.5 * longest))
+        if number % 2:  # in the midst of rounds, however slow the machine is
+            first = os.read(read, 100)
+            assert first, "the run has ended by itself"
+            done = max(done, *map(int, first.split()))
+            time.sleep(each * draw.uniform(0.0, 2.0))
+        else:  # while it starts, or in its first round
+            time.sleep(start * draw.uniform(0.0, 1.2))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         done = max([done, *said(read)])
@@ -142,6 +150,7 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
         lost += now < done
         done = max(done, now)
     assert not lost, f"{lost} of {count} kills lost a finished round"
+    assert done > count // 2, f"{count} kills let {done} rounds be done: they come too early"
     return {"kills": count, "rounds": done, "finished-rounds-lost": lost}
 
 
