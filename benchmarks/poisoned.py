@@ -200,7 +200,7 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
     accuracy = {(r["split"], r["merge"], r["attack"]): r.get("accuracy", 0.0) for r in results}
     yield " | ".join(["| split | merge", *ATTACKS]) + " |"
     yield "|---" * (len(ATTACKS) + 2) + "|"
-    for split, merge in dict.fromkeys((r["split"], r["merge"]) for r in results):
+    for split, merge in sorted({(r["split"], r["merge"]) for r in results}, reverse=True):
         own = [accuracy.get((split, merge, attack)) for attack in ATTACKS]
         shown = ("–" if one is None else f"{one:.3f}" for one in own)
         yield " | ".join([f"| {split} | {merge}", *shown]) + " |"
