@@ -35,6 +35,7 @@ from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.robust import length
 from rankfit.adapters.wire import WireError, read_npy
 from rankfit.client.app import app as client_app
+from rankfit.configs import protocol
 from rankfit.configs.compose import compose
 from rankfit.configs.faults import Fault
 from rankfit.configs.settings import to_flat
@@ -42,7 +43,7 @@ from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import build
 from rankfit.strategies import replies
 from rankfit.strategies.fleet import exchange
-from rankfit.strategies.strategy import Outcome
+from rankfit.strategies.training_round import Outcome
 
 RESULT = Path(__file__).parent / "results" / "attacks.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"
@@ -92,7 +93,7 @@ class Arena:
     def _ask(self) -> Message:
         from rankfit.strategies import messages
 
-        content = messages.message(RecordDict(), 1000, messages.QUERY, 0, 60.0)
+        content = messages.message(RecordDict(), 1000, protocol.QUERY, 0, 60.0)
         return next(iter(exchange(self.grid, [content], 60.0)))[1]
 
     def play(self, attack: Attack) -> tuple[Adapter, list[Outcome]]:
@@ -105,7 +106,7 @@ class Arena:
             if position == HOSTILE:
                 sent = attack(clone(reply))
             if sent is not None:
-                self.strategy.fold(position, sent)
+                self.strategy.receive(position, sent)
         return self.strategy.close_round()
 
     def _allowed(self) -> float:
