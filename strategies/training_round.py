@@ -212,10 +212,12 @@ class TrainingRound:
         # smaller one must not decide for the others.
         ready = sorted(self._waiting, key=lambda own: Metric.RANK_CAP in own.metrics)
         self._waiting = []
-        moves = ready[0].assignment.plan.moves if ready else "both"
+        trainable = ready[0].assignment.plan.trainable if ready else "both"
         known = [self._screening.is_known(own.assignment.client) for own in ready]
         updates = [own.update for own in ready]
-        for own, judged in zip(ready, self._screening.judge(updates, moves, known), strict=True):
+        for own, judged in zip(
+            ready, self._screening.judge(updates, trainable, known), strict=True
+        ):
             try:
                 if isinstance(judged, Refused):
                     raise judged
@@ -306,7 +308,7 @@ def _dropped(
     assignment: Assignment, kind: str, reason: str, metrics: Metrics | None = None, upload: int = 0
 ) -> Outcome:
     """The outcome of a client whose update is not part of the merge."""
-    trained = assignment.given.moving(assignment.plan.moves).values()
+    trained = assignment.given.moving(assignment.plan.trainable).values()
     return Outcome(
         client=assignment.client,
         rank=assignment.plan.rank,

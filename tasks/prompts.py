@@ -63,10 +63,10 @@ KNOWN_COLUMNS = tuple(
 
 @dataclass(frozen=True)
 class Segment:
-    """Text of an example; ``learnt`` where it is an answer."""
+    """Text of an example; ``target`` where it is an answer."""
 
     text: str
-    learnt: bool
+    target: bool
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def render_prompt(passage: Passage, settings: RunSettings, tokenizer: Any) -> st
 
 
 def _chat(passage: Passage, tokenizer: Any) -> list[Segment]:
-    """Render turn by turn with the tokenizer's own template; each answer is learnt."""
+    """Render turn by turn with the tokenizer's own template; each answer is a target."""
     parts: list[Segment] = []
     done = ""
     for index, turn in enumerate(passage.turns):
