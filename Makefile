@@ -11,7 +11,7 @@ export FLWR_DISABLE_UPDATE_CHECK ?= 1
 export FLWR_TELEMETRY_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-gpu lint format bench audit clean
+.PHONY: setup setup-hashed demo test test-gpu lint format bench audit clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt text-demo.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install -q --no-deps --require-hashes -r text-demo.txt
 	touch $@
+
+# The same by content: wheels whose SHA-256 is in constraints-hashed.txt (Linux on x86-64, Python 3.11).
+setup-hashed:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --no-deps --require-hashes -r constraints-hashed.txt -r text-demo.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $(VENV)/.ready
 
 demo: setup
 	$(BIN)/rankfit run quickstart run.name=quickstart-$$(date +%Y%m%d-%H%M%S)

@@ -5,7 +5,7 @@ and the round is folded and closed again. No attack may end the run, and none ma
 adapter other than a capped update of that client could. ``--mutations`` changes bytes and figures
 at random besides, and watches time and memory.
 
-    python -m benchmarks.attacks                 # tables, and benchmarks/results/attacks.json
+    python -m benchmarks.attacks                 # tables, docs/security.md and attacks.json
     python -m benchmarks.attacks --mutations 0   # the attacks alone
 """
 
@@ -29,16 +29,15 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, write_record, write_table
 from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.robust import length
 from rankfit.adapters.wire import WireError, read_npy
 from rankfit.client.app import app as client_app
 from rankfit.configs import protocol
 from rankfit.configs.compose import compose
+from rankfit.configs.faults import Fault
 from rankfit.configs.settings import to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import build
@@ -47,6 +46,7 @@ from rankfit.strategies.fleet import exchange
 from rankfit.strategies.training_round import Outcome
 
 RESULT = Path(__file__).parent / "results" / "attacks.json"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "security.md"
 #: Position of the hostile client in its round.
 HOSTILE = 2
 #: A reply that a client sent → what it sends in its place (None = nothing at all).
@@ -88,6 +88,7 @@ class Arena:
         self.honest = [reply for _, reply in exchange(self.grid, outgoing, 600.0)]
         self.report = self._ask()
         self.without = self.play(lambda reply: None)[0]
+        self.allowed = self._allowed()
 
     def _ask(self) -> Message:
         from rankfit.strategies import messages
@@ -107,6 +108,35 @@ class Arena:
             if sent is not None:
                 self.strategy.receive(position, sent)
         return self.strategy.close_round()
+
+    def _allowed(self) -> float:
+        """How far one client may move the adapter: at the weight and the length of the limits.
+
+        With a share w of the weight, a change c moves the mean m of the others' changes by
+        w · (c − m), so by w · (‖c‖ + ‖m‖) at most.
+        """
+        server, lengths = self.settings.server, []
+
+        def measured(judge: Callable[..., Any]) -> Callable[..., Any]:
+            def judged(updates: Any, *rest: Any) -> Any:
+                lengths.extend(length(own.given, own.trained) for own in updates)
+                return judge(updates, *rest)
+
+            return judged
+
+        judge = self.strategy.screening.judge
+        self.strategy.screening.judge = measured(judge)  # type: ignore[method-assign]
+        self.play(lambda reply: reply)
+        self.strategy.screening.judge = judge  # type: ignore[method-assign]
+        share = max(server.max_weight_share, 2 / len(self.honest))
+        whole = length(self.start, self.without)
+        return max(
+            share * (1 + server.norm_limit * max(own) / others)
+            for own, others in (
+                ([own.factors for own in lengths], whole.factors),
+                ([own.head for own in lengths], whole.head),
+            )
+        )
 
     def moved(self, adapter: Adapter) -> float:
         """How far an adapter is from what the others alone would have merged, relative to that."""
@@ -389,6 +419,7 @@ def play_trainings(arena: Arena, every: int = 1) -> Iterator[Played]:
         assert all(o.merged for o in others), f"{name}: others were dropped: {others}"
         moved = arena.moved(adapter)
         assert own.merged or moved == 0, f"{name}: dropped, and yet the adapter moved by {moved}"
+        assert moved <= arena.allowed, f"{name}: moved by {moved}, allowed are {arena.allowed}"
         assert all(bool(t.isfinite().all()) for t in adapter.state_dict().values()), name
         assert set(own.metrics) <= {*replies.TRAINING, "expected-peak-bytes", "kept-free-bytes"}
         assert own.reason.isprintable() and len(own.reason) <= 300, f"{name}: {own.reason!r}"
@@ -525,9 +556,18 @@ def mutate(arena: Arena, count: int, seed: int = 0) -> dict[str, Any]:
         reply.content["metrics"] = MetricRecord(figures)
         replies.read_evaluation(reply, arena.settings)
 
+    sentence = Fault("data-label", row=7, kind="ValueError", text="a text").written()
+
+    def failure() -> None:
+        text = bent(sentence.encode()).decode("utf-8", draw.choice(("replace", "surrogateescape")))
+        text = draw.choice((text, sentence + draw.choice(BAD_TEXTS), draw.choice(BAD_TEXTS)))
+        found = replies.read_failure(failing(text, draw.randint(-3, 300))(honest))
+        assert found.reason.isprintable() and len(found.reason) <= 300, text
+
     results: dict[str, Any] = {}
     for name, parse in (("array bytes", array), ("metrics", metrics), ("update", update),
-                        ("device report", report), ("evaluation", evaluation)):  # fmt: skip
+                        ("device report", report), ("evaluation", evaluation),
+                        ("failure", failure)):  # fmt: skip
         tally, slowest, before, done = Counter[str](), 0.0, resident(), 0
         while done < count:
             began = time.perf_counter()
@@ -561,6 +601,22 @@ def _flowers(error: BaseException) -> bool:
     return trace is not None and "flwr" in trace.tb_frame.f_code.co_filename
 
 
+def tables(record: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of docs/security.md. Whatever ends a run or another's update ends this command."""
+    yield "| attacks on | number | refused | used | moved the merged adapter most |"
+    yield "|---|---|---|---|---|"
+    for group, own in record["attacks"].items():
+        counts = " | ".join(str(own[key]) for key in ("attacks", "refused", "used"))
+        yield f"| {group} | {counts} | {own['moved-most']:.2f} |"
+    yield ""
+    yield "| mutations of | read | refused | slowest, ms | memory growth, MiB |"
+    yield "|---|---|---|---|---|"
+    for parser, own in record["mutations"].items():
+        counts = " | ".join(f"{own.get(key, 0):,}" for key in ("read", "refused"))
+        slowest, growth = 1000 * own["slowest-seconds"], own["growth-mib"]
+        yield f"| {parser} | {counts} | {slowest:.0f} | {growth:.0f} |"
+
+
 def main() -> None:
     """Play all attacks and mutations; print and write what came of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -585,19 +641,12 @@ def main() -> None:
             "slowest-seconds": round(max(p.seconds for p in own), 3),
         }
     record = {"benchmark": "attacks", **machine("torch", "flwr"), "attacks": groups}
-    options.output.write_text(json.dumps(record | {"mutations": mutated}, indent=1) + "\n")
-    table = Table("attacks on", "number", "refused", "used", "moved most", "ended the run")
-    for group, own in groups.items():
-        counts = (str(own[key]) for key in ("attacks", "refused", "used"))
-        table.add_row(group, *counts, f"{own['moved-most']:.3f}", "0")
-    Console().print(table)
-    mutations = Table("mutations of", "read", "refused", "slowest s", "growth MiB")
-    for name, own in mutated.items():
-        mutations.add_row(
-            name,
-            *(str(own.get(k, 0)) for k in ("read", "refused", "slowest-seconds", "growth-mib")),
-        )
-    Console().print(mutations)
+    record |= {"moved-allowed": arena.allowed, "mutations": mutated}
+    write_record(options.output, record)
+    for line in tables(record):
+        print(line)
+    if options.output == RESULT:
+        write_table(DOCUMENT, "attacks", tables(record))
 
 
 if __name__ == "__main__":

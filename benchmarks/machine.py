@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,21 @@ def write_record(path: Path, record: object) -> None:
     """Write a record as JSON: what fits on a line is on one, numbers have six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_text(_rounded(record), 0) + "\n", encoding="utf-8")
+
+
+def write_table(document: Path, name: str, lines: Iterable[str]) -> None:
+    """Put lines into a document of the repository, between ``<!-- name -->`` and ``<!-- end -->``.
+
+    Raises
+    ------
+    ValueError
+        If the document has no such place.
+    """
+    before, mark, rest = document.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not (mark and end):
+        raise ValueError(f"{document} has no place '<!-- {name} -->' … '<!-- end -->'")
+    document.write_text(before + mark + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
 
 
 def _rounded(value: object) -> object:

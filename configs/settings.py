@@ -305,7 +305,8 @@ class Server(Table):
     max_weight_share: Annotated[float, Field(gt=0, le=1)] = setting(
         0.5,
         "Largest share of a round's weight that one client can have, with the others counted up to "
-        "their median; two of n shares are always allowed.",
+        "their median; two of n shares are always allowed. Samples that the server knows (its own "
+        "division of a data set) count in full.",
     )
     sample_changes: Literal["cap", "refuse", "accept"] = setting(
         "cap",

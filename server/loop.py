@@ -20,7 +20,7 @@ from rankfit.estimator.tracer import TraceCache
 from rankfit.server import reporting
 from rankfit.server.evaluation import Evaluator, Importance
 from rankfit.server.reporting import Holdings, console, write_report
-from rankfit.server.run_directory import Checkpoint, RunDirectory
+from rankfit.server.run_directory import Checkpoint, RunDirectory, room_for
 from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.methods import configured, find
 from rankfit.strategies.planner import Planner
@@ -77,10 +77,13 @@ def federate(grid: Grid, settings: RunSettings) -> Adapter:
         If too few clients that can train are there in time.
     RunFailed
         If not one update was merged in all rounds.
+    StorageError
+        If the run directory cannot be written.
     """
     federation = build(settings)
     try:
-        return _play(federation, grid)
+        with room_for(federation.directory.path):
+            return _play(federation, grid)
     finally:
         federation.directory.close()
         federation.strategy.fleet.finish(grid, _FAREWELL_SECONDS)

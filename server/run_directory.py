@@ -1,5 +1,6 @@
 """The run directory: settings, plans, rounds, events, checkpoints, and how a run resumes."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -43,6 +44,8 @@ SUMS = "SHA256SUMS"
 #: Tensors of the strategy's state, and the adapter where another one is exported.
 TENSORS = "run_state.safetensors"
 _OWN = "adapter/"
+#: What the system says where a disk, a quota or a file is full.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _TASK_TYPES = {
     "text-classification": "SEQ_CLS",
@@ -114,10 +117,13 @@ class RunDirectory:
         ------
         ConfigError
             If another process writes this run, or no checkpoint is whole.
+        StorageError
+            If the folder cannot be written.
         """
         if not self.settings.run.resume:
             return None
-        self._lock.take()
+        with _storing(self.path):
+            self._lock.take()
         try:
             return self.load()
         except BaseException:
@@ -126,8 +132,9 @@ class RunDirectory:
 
     def create(self) -> None:
         """Make the folder, with the settings in it. Called when the run is sure to start."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.take()
+        with _storing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
         if not self.settings.run.resume and (self.path / "config.toml").exists():
             raise ConfigError(f"{self.path} holds a run already, begun a moment ago")
         with _storing(self.path):
@@ -229,8 +236,9 @@ class RunDirectory:
         own = {n.removeprefix(_OWN): t for n, t in tensors.items() if n.startswith(_OWN)}
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         adapter = Adapter.from_state_dict(own or load_file(folder / WEIGHTS), state["scale"])
-        self._truncate(state["round"])
-        self._link(folder)
+        with _storing(self.path):
+            self._truncate(state["round"])
+            self._link(folder)
         kept = {n: t for n, t in tensors.items() if not n.startswith(_OWN)}
         return Checkpoint(state["round"], adapter, state["strategy"], kept)
 
@@ -357,10 +365,25 @@ def _storing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{path} cannot be written: {error}. No finished round is lost: make room, and go on "
-            f"with `rankfit resume {path}`"
-        ) from error
+        raise StorageError(_cannot_write(path, error)) from error
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Say it of a full disk alone: not every error of a run is one of writing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise StorageError(_cannot_write(path, error)) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    return (
+        f"{path} cannot be written: {error}. No finished round is lost: make room, and go on "
+        f"with `rankfit resume {path}`"
+    )
 
 
 def _append(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -181,7 +181,8 @@ def read_failure(reply: Message) -> Failure:
         found, text = None, f"an error that cannot be read ({type(error).__name__})"
     # Not even its smallest fall-back fitted.
     lost = found is not None and found.code == "memory-out"
-    kind = "out of memory" if lost else "client error"
+    code = f" ({found.code})" if found is not None else ""
+    kind = "out of memory" if lost else f"client error{code}"
     return Failure(kind, one_line(text, _REASON), lost)
 
 

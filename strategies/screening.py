@@ -2,11 +2,13 @@
 
 A client's claims are measured against those of the others: its change against the median length of
 the round's changes (factors and head apart), its samples against what it said first and against the
-median of the round. Medians need all updates of a round, so these wait until the round closes, but
-no more than ``server.max-waiting-updates`` at a time: beyond it, updates are judged by those that
-came so far, and memory stays bounded. A round of fewer than :data:`FEW` updates has no majority;
-the lengths of the last merged ones (of the same factors) are asked as well. In a first round of one
-or two updates nobody can be asked: then only the absolute limits hold.
+median of the round; samples that the server knows a client to have (its part of a data set that the
+server divides) are no claim, and count in full. Medians need all updates of a round, so these wait
+until the round closes, but no more than ``server.max-waiting-updates`` at a time: beyond it,
+updates are judged by those that came so far, and memory stays bounded. A round of fewer than
+:data:`FEW` updates has no majority; the lengths of the last merged ones (of the same factors) are
+asked as well. In a first round of one or two updates nobody can be asked: then only the absolute
+limits hold.
 """
 
 import logging
@@ -96,13 +98,21 @@ class Screening:
             believed = min(believed, first)
         return replace(update, weight=believed)
 
-    def judge(self, updates: Sequence[Update], trainable: Trainable) -> list[Judged]:
+    def is_known(self, client: str) -> bool:
+        """Whether the server knows how many samples a client has."""
+        return client in self._known
+
+    def judge(
+        self, updates: Sequence[Update], trainable: Trainable, known: Sequence[bool] = ()
+    ) -> list[Judged]:
         """What comes of each of these updates of a round, in their order.
 
         Parameters
         ----------
         trainable : {"both", "a", "b"}
             Which factors moved: changes of other ones are of other lengths.
+        known : Sequence[bool]
+            For each update, whether its weight is known to the server (empty = none is).
         """
         lengths = [length(update.given, update.trained) for update in updates]
         self._seen += lengths
@@ -110,10 +120,11 @@ class Screening:
         if len(asked) < FEW:
             asked += self._lengths.get(trainable, [])
         judged = [self._limited(u, own, asked) for u, own in zip(updates, lengths, strict=True)]
-        kept = [position for position, one in enumerate(judged) if isinstance(one, Update)]
-        self._remember(trainable, [lengths[position] for position in kept])
-        for position, one in zip(kept, self._weighted([judged[p] for p in kept]), strict=True):  # type: ignore[misc]
-            judged[position] = one
+        kept = {place: one for place, one in enumerate(judged) if isinstance(one, Update)}
+        self._remember(trainable, [lengths[place] for place in kept])
+        sure = [bool(known) and known[place] for place in kept]
+        for place, one in zip(kept, self._weighted([*kept.values()], sure), strict=True):
+            judged[place] = one
         return judged
 
     def state(self) -> dict[str, Any]:
@@ -159,7 +170,7 @@ class Screening:
                 )
         return update
 
-    def _weighted(self, updates: Sequence[Update]) -> list[Judged]:
+    def _weighted(self, updates: Sequence[Update], known: Sequence[bool]) -> list[Judged]:
         """Updates at their weights: capped, or as the robust merge says."""
         if not updates:
             return []
@@ -171,7 +182,10 @@ class Screening:
             return [u if i in chosen else left_out for i, u in enumerate(updates)]
         self._weights += [update.weight for update in updates]
         most = largest_weight(self._weights, self._server.max_weight_share)
-        capped = [replace(u, weight=min(u.weight, most)) for u in updates]
+        capped = [
+            u if sure else replace(u, weight=min(u.weight, most))
+            for u, sure in zip(updates, known, strict=True)
+        ]
         if self._server.robust == "geometric-median" and len(updates) > 2:
             weights = geometric_median(capped)
             return [replace(u, weight=max(w, 1e-12)) for u, w in zip(capped, weights, strict=True)]

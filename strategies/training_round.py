@@ -213,8 +213,10 @@ class TrainingRound:
         ready = sorted(self._waiting, key=lambda own: Metric.RANK_CAP in own.metrics)
         self._waiting = []
         trainable = ready[0].assignment.plan.trainable if ready else "both"
+        known = [self._screening.is_known(own.assignment.client) for own in ready]
+        updates = [own.update for own in ready]
         for own, judged in zip(
-            ready, self._screening.judge([own.update for own in ready], trainable), strict=True
+            ready, self._screening.judge(updates, trainable, known), strict=True
         ):
             try:
                 if isinstance(judged, Refused):

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from PIL import Image
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
+from rankfit.client import request_handler
 from rankfit.client.app import app as client_app
+from rankfit.client.worker_protocol import Answer, Request
+from rankfit.client.workspace import Workspace
 from rankfit.configs.compose import compose
 from rankfit.configs.faults import SENTENCES, Fault, Faulty, fault_of
 from rankfit.configs.settings import RunSettings, to_flat
@@ -217,6 +221,67 @@ def test_no_text_of_a_client_is_written_or_shown_by_the_server(
     assert last["good"]["merged"] and not last["label"]["merged"]
     assert "row 0" in last["label"]["reason"] and "data.class-names" in last["label"]["reason"]
     assert "policy file cannot be read" in shown
+
+
+def test_no_error_of_any_code_is_written_or_shown_with_its_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each code, and errors of Python and of libraries, raised in training and in evaluation."""
+    errors: dict[str, Exception] = {
+        code: Faulty(f"{MARK} \x1b[31m {MARK}", fault=code, row=7) for code in SENTENCES
+    }
+    unlisted = [
+        KeyError(MARK), OSError(2, "none", MARK),
+        UnicodeDecodeError("utf-8", MARK.encode(), 0, 1, MARK),
+        json.JSONDecodeError(MARK, MARK, 0), ExceptionGroup(MARK, [ValueError(MARK)]),
+        torch.OutOfMemoryError(MARK), MemoryError(MARK), ImportError(MARK, name=MARK),
+        RecursionError(MARK), type(MARK, (ValueError,), {})(MARK), Exception((MARK, {MARK: MARK})),
+    ]  # fmt: skip
+    errors |= {f"unlisted-{number}": error for number, error in enumerate(unlisted)}
+    folder = tmp_path / f"good-{MARK}"
+    folder.mkdir()
+    good(folder)
+
+    def raises(space: Workspace, request: Request) -> Answer:
+        error = errors.get(now[0])
+        if error is None:
+            return perform(space, request)
+        try:
+            raise LookupError(MARK)
+        except LookupError as cause:
+            raise error from cause
+
+    now = [""]
+    perform = request_handler.perform
+    monkeypatch.setattr(request_handler, "perform", raises)
+
+    class Named(ProcessHandle):
+        def _handle(self, message: Message) -> Message:
+            config = self._contexts[message.metadata.dst_node_id].node_config
+            now[0] = str(config["client-name"])
+            return super()._handle(message)
+
+    settings = settings_for(tmp_path, "server.clients-per-round=100")
+    names = ["good", *errors]
+    nodes = [{"policy": "", "client-name": own, "data-path": str(folder)} for own in names]
+    grid = Named(client_app, to_flat(settings), nodes)
+    grid.replies = []
+    with server_lines(grid) as lines:
+        federate(grid, settings)
+    failed = {kind: set[str]() for kind in ("train", "evaluate")}
+    for name, kind, reply in grid.replies:
+        assert MARK not in everything_in(reply), (name, kind)
+        if reply.has_error():
+            fault = replies.fault(reply)
+            assert fault is not None
+            assert fault.code == name or name.startswith("unlisted-"), (name, fault)
+            failed[kind].add(name)
+    assert failed["train"] == failed["evaluate"] == set(errors)
+    assert MARK not in "\n".join([*lines, *capsys.readouterr()])
+    files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    assert len(files) > 6
+    for file in files:
+        assert MARK.encode() not in file.read_bytes(), file
 
 
 def test_a_node_can_let_its_texts_out(tmp_path: Path) -> None:

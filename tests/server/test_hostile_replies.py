@@ -53,6 +53,8 @@ def test_no_hostile_evaluation_falsifies_more_than_its_share(arena: Arena) -> No
 
 def test_no_mutation_of_a_reply_raises_anything_but_a_refusal(arena: Arena) -> None:
     results = mutate(arena, 400, seed=1)
+    failures = results.pop("failure")
+    assert set(failures) == {"read", "slowest-seconds", "growth-mib"}, "each is one line of text"
     assert all(found["refused"] for found in results.values())
 
 

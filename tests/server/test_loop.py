@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, Message
 from peft import PeftModel
 
 from rankfit.client import trainer
+from rankfit.configs.faults import Faulty
 from rankfit.configs.settings import ConfigError
 from rankfit.estimator.round_time import Payload
 from rankfit.server.loop import RunFailed
@@ -212,6 +213,21 @@ def test_a_run_in_which_every_update_fails_keeps_the_adapter_and_fails(tmp_path:
         run(settings, dict.fromkeys(range(4), raises))
     start, _, end = lines(tmp_path / "all")
     assert end["updates"] == 0 and end["evaluation"] == start["evaluation"]
+
+
+def test_a_run_that_fails_counts_the_codes_of_its_clients(tmp_path: Path) -> None:
+    def faulty(code: str) -> Fault:
+        def fault(message: Message, reply: Message) -> Message:
+            raise Faulty("a name and a birthday", fault=code)
+
+        return fault
+
+    settings = settings_for(tmp_path, "codes", "run.rounds=2")
+    codes = {i: faulty("data-label" if i else "policy-minutes") for i in range(4)}
+    with pytest.raises(RunFailed) as caught:
+        run(settings, codes)
+    counted = "6 × client error (data-label), 2 × client error (policy-minutes)"
+    assert counted in str(caught.value) and "birthday" not in str(caught.value)
 
 
 def test_a_run_with_few_updates_says_so_at_the_end(

@@ -123,6 +123,18 @@ def test_what_the_server_knows_bounds_what_a_client_claims() -> None:
     assert own.weigh("another", update(1.0, 1e9), -1).weight == 100
 
 
+def test_samples_that_the_server_knows_count_in_full() -> None:
+    """An uneven split is no attack: the limits must not change a run of honest clients."""
+    own = screening({"partition-0": 5000, "partition-1": 20}, most=6000)
+    updates = [update(1.0, 5000.0)] + [update(1.0, 20.0) for _ in range(5)]
+    known = [own.is_known(f"partition-{i}") for i in (0, 1, 1, 1, 1, 1)]
+    assert [one.weight for one in own.judge(updates, "both", known)] == [5000.0] + [20.0] * 5
+    own.open()
+    judged = own.judge(updates, "both")
+    assert judged[0].weight == pytest.approx(100.0), "as a claim it is half of the round"
+    assert not own.is_known("partition-7") and not screening(most=6000).is_known("partition-0")
+
+
 @pytest.mark.parametrize("robust", ["krum", "multi-krum", "geometric-median"])
 def test_whole_updates_are_chosen_or_weighed(robust: str) -> None:
     own = screening(robust=robust, norm_limit=0.0)
