@@ -53,8 +53,7 @@ def length(given: Adapter, trained: Adapter) -> Length:
         own = change_of(given.factors[module], after, trained.scale)
         square += float(((own.b.T @ own.b) * (own.a @ own.a.T)).sum())
     heads = sum(
-        float((trained.head[n].double() - t.double()).square().sum())
-        for n, t in given.head.items()
+        float((trained.head[n].double() - t.double()).square().sum()) for n, t in given.head.items()
     )
     return Length(math.sqrt(max(0.0, square)), math.sqrt(heads))
 
@@ -117,7 +116,10 @@ def grams(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
         [
             torch.cat(
                 [torch.zeros(0, dtype=torch.float64)]
-                + [(t.double() - u.given.head[n].double()).flatten() for n, t in u.trained.head.items()]
+                + [
+                    (t.double() - u.given.head[n].double()).flatten()
+                    for n, t in u.trained.head.items()
+                ]
             )
             for u in updates
         ]

@@ -44,8 +44,8 @@ def check_run(settings: RunSettings) -> list[str]:
     with _noted() as notes:
         _check_places(settings)
         _check_size(settings)
+        task = _check_data(settings)  # before the method, whose modules import PEFT
         method = _check_method(settings)
-        task = _check_data(settings)
         _check_model(settings, method, task)
     return notes
 
@@ -137,7 +137,8 @@ def _check_plans(settings: RunSettings, method: "Method", task: "Task") -> None:
         with_head_moment(settings, method.rates), config, inputs_of(task.example_batch(1))
     )
     reasons = []
-    for number in range(len(split_numbers(settings.fleet.memory_mib, "fleet.memory-mib"))):
+    memory = split_numbers(settings.fleet.memory_mib, "fleet.memory-mib")
+    for number in sorted(range(len(memory)), key=lambda each: -memory[each]):
         node = {"partition-id": number, "num-partitions": settings.simulation.clients}
         fit = estimator.fit(device_report(node, settings, node_id=number))
         if isinstance(fit, Estimate):

@@ -103,7 +103,9 @@ def test_evaluate_any_checkpoint_and_any_split(runs: dict[str, Path], tmp_path: 
     assert result.exit_code == 0 and "mcc" in result.output
     result = call("evaluate", runs["image"], "--round", 9)
     assert isinstance(result.exception, ConfigError)
-    assert "no whole checkpoint of round 9; there are: round-00001, round-00002" in str(result.exception)
+    assert "no whole checkpoint of round 9; there are: round-00001, round-00002" in str(
+        result.exception
+    )
     assert isinstance(call("evaluate", tmp_path).exception, ConfigError)
 
 
