@@ -43,6 +43,7 @@ from rankfit.tasks.records import (
     select,
     wrong_label,
 )
+from rankfit.tasks.tables import ENDINGS
 
 __all__ = ["DataError", "Dataset", "Examples", "known_labels", "read_data"]
 
@@ -232,7 +233,8 @@ def _folder_parts(
             return _folder_parts(inside[0], source, columns, settings)
         raise DataError(
             f"data folder {source!r}: nothing matches data.train {data.train!r}; it holds "
-            f"{', '.join(sorted(item.name for item in place.iterdir())[:8]) or 'nothing'}",
+            f"{', '.join(sorted(item.name for item in place.iterdir())[:8]) or 'nothing'} (files "
+            f"that can be read end in {', '.join(ENDINGS)})",
             fault=_MISSING,
         )
     test = find_test(place, columns, data)

@@ -63,6 +63,11 @@ class Encoder:
             last = self._ids(part.text)
             tokens += last
             learnt += [part.learnt or everything] * len(last)
+        # A text that was written with the tokens that open and close it has them once.
+        if opens and tokens[:1] == opens:
+            tokens, learnt = tokens[1:], learnt[1:]
+        if closes and tokens[-1:] == closes:
+            tokens, learnt, last = tokens[:-1], learnt[:-1], last[:-1]
         tokens += closes
         learnt += [True] * len(closes)
         room = self._settings.data.max_length - len(opens)
@@ -100,6 +105,8 @@ class Encoder:
 
     def _cut(self, tokens: list[int], passage: Passage, room: int) -> list[int]:
         opens, _ = self._ends(passage)
+        if opens and tokens[:1] == opens:
+            tokens = tokens[1:]
         return [*opens, *tokens[-max(1, room - len(opens)) :]]
 
     def _ids(self, text: str) -> list[int]:
