@@ -100,6 +100,7 @@ def _check_data(settings: RunSettings) -> "Task":
 
 def _check_model(settings: RunSettings, method: "Method", task: "Task") -> None:
     """Targets, ranks, heads and plans, on a model without weights."""
+    from rankfit.adapters.adapter import initial
     from rankfit.tasks.base_model import (
         build_empty,
         build_random,
@@ -108,7 +109,9 @@ def _check_model(settings: RunSettings, method: "Method", task: "Task") -> None:
         target_modules,
         whole_modules,
     )
-    from rankfit.tasks.lora import target_shapes
+    from rankfit.tasks.lora import head_tensors, target_shapes
+    from rankfit.tasks.peft_adapter import read_start
+    from rankfit.tasks.targets import shared_heads
 
     model, kind = settings.model, settings.task.kind
     for each in (model, *(model.at(p) for p in split_list(settings.plan.precisions))):
@@ -117,8 +120,12 @@ def _check_model(settings: RunSettings, method: "Method", task: "Task") -> None:
         model, labels=task.labels, problem=settings.task.problem, names=task.output_names
     )
     empty = build_empty(config, kind, attention=model.attention, precision=model.precision)
-    target_shapes(empty, target_modules(empty, settings.lora.targets), settings.lora.rank)
+    rank = settings.lora.rank
+    shapes = target_shapes(empty, target_modules(empty, settings.lora.targets), rank)
     whole_modules(empty, settings.head)
+    if settings.lora.start:
+        heads = head_tensors(empty, shared_heads(empty, settings.head))
+        read_start(settings, initial(shapes, rank, settings.lora.scale, heads, 0))
     if settings.task.packing and empty.num_parameters() <= _SMALL:
         task.check_model(build_random(config, kind, model))
     if settings.fleet.memory_mib:

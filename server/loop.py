@@ -37,6 +37,7 @@ from rankfit.tasks.base_model import (
 from rankfit.tasks.lora import head_tensors, target_shapes
 from rankfit.tasks.model_sources import resolve_source
 from rankfit.tasks.partition import partition_of
+from rankfit.tasks.peft_adapter import start_from
 from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -148,13 +149,14 @@ def build(settings: RunSettings) -> Federation:
     def estimator(planned: RunSettings, phases: tuple[Moves, ...]) -> Estimator:
         return Estimator.for_run(planned, base.config, inputs, phases=phases, traces=_TRACES)
 
-    start = initial(
+    fresh = initial(
         shapes,
         settings.lora.rank,
         settings.lora.scale,
         head_tensors(base, heads),
         derive(settings.run.seed, "adapter"),
     )
+    start = start_from(settings, fresh)
     planner = Planner(settings, method, estimator)
     own = fingerprint(base, heads=heads)
     evaluator = Evaluator(settings, task, base, heads)
