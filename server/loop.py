@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from rankfit.adapters.adapter import Adapter, initial
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 #: Of this process: runs that follow one another trace a step once.
 _TRACES = TraceCache()
 
+#: Examples of each client whose length is measured for the report.
+_MEASURED = 200
 #: How long the end of a run waits for clients to end their workers.
 _FAREWELL_SECONDS = 30.0
 
@@ -176,7 +180,13 @@ def who_holds_what(federation: Federation) -> Holdings | None:
     if task is None or not partitions:
         return None
     parts = partition_of(task.train.examples, federation.settings, partitions)
-    return Holdings(parts, task.train.labels, task.class_names)
+    lengths = [task.train.lengths(part[_evenly(len(part))].tolist()) for part in parts]
+    return Holdings(parts, task.train.labels, task.class_names, lengths)
+
+
+def _evenly(count: int) -> NDArray[np.int64]:
+    """Positions of at most :data:`_MEASURED` of so many examples, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, _MEASURED)).astype(np.int64))
 
 
 def play_round(

@@ -66,6 +66,10 @@ class Split(ABC):
         batch["labels"] = torch.from_numpy(labels[rows])  # (b,)
         return batch
 
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of some examples; [] where they are no text."""
+        return []
+
     def alike(self, rows: Sequence[int]) -> Sequence[int]:
         """The same examples in an order in which neighbours are of like size."""
         return rows

@@ -207,3 +207,16 @@ def test_a_text_that_holds_its_start_and_end_has_them_once(
     passage = task.passages(task.train, [0])[0]
     asked = task.encoder.prompt(passage, 64)
     assert task.encoder.tokenizer.decode(asked).count("<s>") == 1
+
+
+def test_tokens_of_a_set_that_is_larger_than_memory_are_not_stored(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankfit.tasks.language_model._STORED_TOKENS", 20)
+    task = load(tmp_path, models["tools"], [{"text": "one two three"}] * 40)
+    rows = range(len(task.train))
+    first, again = task.train.collate(rows), task.train.collate(rows)
+    assert all((first[name] == again[name]).all() for name in first)
+    stored = task.train._kept  # type: ignore[attr-defined]
+    assert 0 < sum(len(encoded.tokens) for encoded in stored.values()) <= 20
+    assert set(task.train.lengths([0, 39 - 1])) == {first["input_ids"].shape[1]}
