@@ -325,11 +325,16 @@ def _chat(passage: Passage, tokenizer: Any) -> list[Segment]:
             )
         answer = after[len(before) :]
         _refuse_unwritten(turn, answer)
-        parts += [Segment(before[len(done) :], False), Segment(answer, True)]
+        parts += [Segment(before[len(done) :], False), Segment(answer, _is_learnt(turn))]
         done = after
     if not parts:
         raise DataError("has no answer that follows something")
     return parts
+
+
+def _is_learnt(turn: Mapping[str, Any]) -> bool:
+    """Whether an answer is to be learnt: OpenAI's ``weight`` and axolotl's ``train`` may say no."""
+    return turn.get("weight") != 0 and turn.get("train") is not False
 
 
 def _refuse_unwritten(turn: Mapping[str, Any], answer: str) -> None:
@@ -440,6 +445,8 @@ def _turn(turn: Any) -> dict[str, Any]:
     rest = {name: value for name, value in given.items() if value is not None}
     if spoken == "function_call":
         rest, content = _call(content), None
+    if role == "assistant" and isinstance(rest.get("function_call"), Mapping):  # OpenAI's old form
+        rest["tool_calls"] = [{"type": "function", "function": rest.pop("function_call")}]
     if isinstance(rest.get("tool_calls"), list):
         rest["tool_calls"] = [_parsed_call(call) for call in rest["tool_calls"]]
     calls = role == "assistant" and rest.get("tool_calls")
@@ -448,6 +455,8 @@ def _turn(turn: Any) -> dict[str, Any]:
             f"holds the message {turn!r}, expected role (one of system, user, assistant, tool) and "
             "content"
         )
+    if role == "assistant" and not calls and not str(content).strip():
+        raise DataError("has an empty answer, which would be learnt")
     return {"role": role, "content": "" if content is None else content, **rest}
 
 

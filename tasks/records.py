@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -302,9 +303,14 @@ def _number(text: str) -> int | None:
     return None if found is None else int(found.group(1))
 
 
+def _spelled(label: int | str) -> str:
+    """A label without blanks around it, and composed: macOS writes é as e and an accent."""
+    return unicodedata.normalize("NFC", str(label)).strip()
+
+
 def _same(label: int | str) -> str:
     """What two spellings of one label have in common."""
-    text = str(label).strip()
+    text = _spelled(label)
     number = _number(text)
     if number is not None:
         return str(number)
@@ -343,7 +349,7 @@ def name_classes(settings: RunSettings, train: Raw, test: Raw | None) -> tuple[s
     if whole and settings.task.kind != "causal-lm":
         names = _numbered(settings, train.origin, numbers)
     else:
-        names = tuple(sorted({str(label).strip() for label in labels}))
+        names = tuple(sorted({_spelled(label) for label in labels}))
         _warn_alike(train.origin, names)
     _refuse_short(settings, len(names))
     return names

@@ -220,3 +220,35 @@ def test_tokens_of_a_set_that_is_larger_than_memory_are_not_stored(
     stored = task.train._kept  # type: ignore[attr-defined]
     assert 0 < sum(len(encoded.tokens) for encoded in stored.values()) <= 20
     assert set(task.train.lengths([0, 39 - 1])) == {first["input_ids"].shape[1]}
+
+
+def test_answers_that_are_not_to_be_learnt(models: dict[str, Path], tmp_path: Path) -> None:
+    """OpenAI's ``weight`` of 0, axolotl's ``train`` of false; an empty answer is a mistake."""
+    for mark in ({"weight": 0}, {"train": False}):
+        turns = [TURNS[0], {**TURNS[1], "content": "pear", **mark}, *TURNS]
+        whole, learnt = texts(load(tmp_path, models["tools"], [{"messages": turns}] * 4))
+        assert "<assistant>pear</s>" in whole and learnt == "apple</s>"
+        with pytest.raises(RecordError, match="row 0 has no token that could be learnt"):
+            _ = load(tmp_path, models["tools"], [{"messages": turns[:2]}] * 4).train
+    shared = [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": " "}]
+    with pytest.raises(RecordError, match="row 0 has an empty answer"):
+        _ = load(tmp_path, models["tools"], [{"conversations": shared}] * 4).train
+
+
+def test_a_call_in_the_old_form(models: dict[str, Path], tmp_path: Path) -> None:
+    call = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    turns = [TURNS[0], {"role": "assistant", "content": None, "function_call": call},
+             {"role": "function", "name": "weather", "content": "sunny"}, TURNS[1]]  # fmt: skip
+    _, learnt = texts(load(tmp_path, models["tools"], [{"messages": turns}] * 4))
+    assert learnt == "[call weather]</s>apple</s>"
+
+
+def test_a_letter_and_its_accent_are_one_letter(tmp_path: Path) -> None:
+    """A Mac names a folder ``café`` with five characters, ``data.class-names`` has four."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for at, name in enumerate((composed, apart)):
+        rows = [{"text": f"text {row}", "label": (name, "tea")[row % 2]} for row in range(10)]
+        read = found(tmp_path / f"{at}.json", json.dumps(rows))
+        assert {label for _, label in read} == {composed, "tea"}
+        declared = {"data.class-names": f"tea,{composed}"}
+        assert found(tmp_path / f"{at}.json", json.dumps(rows), **declared) == read
