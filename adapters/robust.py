@@ -112,19 +112,15 @@ def grams(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
         each = (left.T @ left) * (right @ right.T)  # (N, N)
         rows = torch.zeros(count, len(owner), dtype=torch.float64).index_add_(0, owner, each)
         factors.index_add_(1, owner, rows)
-    heads = torch.stack(
-        [
-            torch.cat(
-                [torch.zeros(0, dtype=torch.float64)]
-                + [
-                    (t.double() - u.given.head[n].double()).flatten()
-                    for n, t in u.trained.head.items()
-                ]
-            )
-            for u in updates
-        ]
-    )
+    heads = torch.stack([_head_change(update) for update in updates])  # (n, numbers)
     return factors, heads @ heads.T
+
+
+def _head_change(update: Update) -> Tensor:
+    """The change of the head, laid end to end."""
+    before = update.given.head
+    parts = [(t.double() - before[n].double()).flatten() for n, t in update.trained.head.items()]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def scaled_gram(updates: Sequence[Update]) -> Tensor:

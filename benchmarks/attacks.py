@@ -37,13 +37,14 @@ from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.robust import length
 from rankfit.adapters.wire import WireError, read_npy
 from rankfit.client.app import app as client_app
+from rankfit.configs import protocol
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import build
 from rankfit.strategies import replies
 from rankfit.strategies.fleet import exchange
-from rankfit.strategies.strategy import Outcome
+from rankfit.strategies.training_round import Outcome
 
 RESULT = Path(__file__).parent / "results" / "attacks.json"
 #: Position of the hostile client in its round.
@@ -91,7 +92,7 @@ class Arena:
     def _ask(self) -> Message:
         from rankfit.strategies import messages
 
-        content = messages.message(RecordDict(), 1000, messages.QUERY, 0, 60.0)
+        content = messages.message(RecordDict(), 1000, protocol.QUERY, 0, 60.0)
         return next(iter(exchange(self.grid, [content], 60.0)))[1]
 
     def play(self, attack: Attack) -> tuple[Adapter, list[Outcome]]:
@@ -104,7 +105,7 @@ class Arena:
             if position == HOSTILE:
                 sent = attack(clone(reply))
             if sent is not None:
-                self.strategy.fold(position, sent)
+                self.strategy.receive(position, sent)
         return self.strategy.close_round()
 
     def moved(self, adapter: Adapter) -> float:

@@ -39,6 +39,7 @@ from rich.table import Table  # noqa: E402
 from benchmarks.machine import machine, write_record  # noqa: E402
 from rankfit.adapters.names import moves_with  # noqa: E402
 from rankfit.adapters.wire import decode, encode_update  # noqa: E402
+from rankfit.configs import protocol  # noqa: E402
 from rankfit.configs.compose import compose  # noqa: E402
 from rankfit.configs.settings import RunSettings  # noqa: E402
 from rankfit.estimator.device_report import DeviceReport  # noqa: E402
@@ -63,7 +64,7 @@ class MadeUp(InProcessGrid):
     def _answer(self, message: Message, context: Context) -> Message:
         began = time.perf_counter()
         try:
-            if message.metadata.message_type == messages.QUERY:
+            if message.metadata.message_type == protocol.QUERY:
                 content = self._device(int(context.node_config["partition-id"]))
             else:
                 content = self._update(message)
@@ -155,7 +156,7 @@ def measure(clients: int, rounds: int, preset: str) -> dict[str, Any]:
             outgoing = strategy.open_round(number, adapter, grid)
             watch.lap("configure")
             for position, reply in exchange(grid, outgoing, 3600.0):
-                strategy.fold(position, reply)
+                strategy.receive(position, reply)
             watch.lap("fold")
             adapter, outcomes = strategy.close_round()
             watch.lap("finish")

@@ -167,7 +167,7 @@ def make_estimator(settings: RunSettings, kind: str | None = None) -> "Estimator
     # Imported here: the other commands should not wait for torch.
     from rankfit.estimator.plan_search import Estimator
     from rankfit.estimator.tracer import TraceCache, TraceStore
-    from rankfit.strategies.method import configured, with_head_moment
+    from rankfit.strategies.method import configured
     from rankfit.strategies.methods import find
     from rankfit.tasks.base_model import load_config
 
@@ -175,9 +175,10 @@ def make_estimator(settings: RunSettings, kind: str | None = None) -> "Estimator
     config = load_config(settings.model, labels=settings.data.classes or 2)
     of = kind or settings.task.kind
     return Estimator.for_run(
-        with_head_moment(settings, rates),
+        settings,
         config,
         _inputs(of, config.to_dict(), settings.data.max_length),
+        whole_head=rates.whole_head,
         traces=TraceCache(TraceStore()),
         kind=of,  # type: ignore[arg-type]
     )

@@ -249,10 +249,10 @@ def _stream(
     assert process.stdout is not None
     try:
         for line in process.stdout:
+            match = re.search(r"Successfully started run (\d+)", line)
+            run_id = match.group(1) if match else run_id  # known before anybody can react to it
             sys.stdout.write(line)
             sys.stdout.flush()
-            match = re.search(r"Successfully started run (\d+)", line)
-            run_id = match.group(1) if match else run_id
         code = process.wait()
     except KeyboardInterrupt:
         process.terminate()

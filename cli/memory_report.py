@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfit.cli.estimate import Format, write
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
@@ -64,7 +65,7 @@ def read_run(directory: Path) -> tuple[RunSettings, list[dict[str, Any]]]:
     for line in rounds:
         for client, own in line.get("clients", {}).items():
             made = [p for p in plans if p["client"] == client and p["round"] <= line["round"]]
-            if not made or not own.get("peak-memory-bytes") or own.get("out-of-memory"):
+            if not made or not own.get(Metric.PEAK_MEMORY_BYTES) or own.get(Metric.OUT_OF_MEMORY):
                 continue
             rows[client] = {
                 "client": client,
@@ -72,7 +73,7 @@ def read_run(directory: Path) -> tuple[RunSettings, list[dict[str, Any]]]:
                 "plan": made[-1]["plan"],
                 "device": made[-1]["device"],
                 "expected-bytes": made[-1]["plan"]["peak-bytes"],
-                "measured-bytes": int(own["peak-memory-bytes"]),
+                "measured-bytes": int(own[Metric.PEAK_MEMORY_BYTES]),
                 "kept-free-bytes": int(own.get("kept-free-bytes", 0)),
             }
     if not rows:
@@ -92,7 +93,6 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
     from rankfit.estimator.memory import tail_ranks
     from rankfit.estimator.plan_search import Estimator, inputs_of
     from rankfit.estimator.tracer import TraceCache
-    from rankfit.strategies.method import with_head_moment
     from rankfit.tasks import load_task
     from rankfit.tasks.base_model import load_config
 
@@ -107,10 +107,10 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
         plan = Plan.from_dict(row["plan"])
         key = (plan.moves, plan.rates.whole_head)
         if key not in estimators:
-            planned = with_head_moment(settings, plan.rates)
             estimators[key] = Estimator.for_run(
-                planned, config, inputs, phases=(plan.moves,), traces=traces
-            )
+                settings, config, inputs, phases=(plan.moves,),
+                whole_head=plan.rates.whole_head, traces=traces,
+            )  # fmt: skip
         report = DeviceReport.from_dict(row["device"])
         tails = tail_ranks(plan.ranks, plan.tail_rank)
         split = _estimated(estimators[key], report, plan, tails)

@@ -136,13 +136,11 @@ def _check_plans(settings: RunSettings, method: "Method", task: "Task") -> None:
     """At least one of the declared devices must be able to train."""
     from rankfit.client.device import device_report
     from rankfit.estimator.plan_search import Estimate, Estimator, inputs_of
-    from rankfit.strategies.method import with_head_moment
     from rankfit.tasks.base_model import load_config
 
     config = load_config(settings.model, labels=task.labels, problem=settings.task.problem)
-    estimator = Estimator.for_run(
-        with_head_moment(settings, method.rates), config, inputs_of(task.example_batch(1))
-    )
+    inputs = inputs_of(task.example_batch(1))
+    estimator = Estimator.for_run(settings, config, inputs, whole_head=method.rates.whole_head)
     reasons = []
     memory = split_numbers(settings.fleet.memory_mib, "fleet.memory-mib")
     for number in sorted(range(len(memory)), key=lambda each: -memory[each]):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from flwr.app import (
     Array,
@@ -31,7 +31,9 @@ from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.device import Held, Placement, device_report, partition_of_node
 from rankfit.client.policy import NotAllowed, Policy
 from rankfit.client.worker_protocol import Answer, Kind, Request
+from rankfit.configs import protocol
 from rankfit.configs.faults import Fault, fault_of
+from rankfit.configs.protocol import ClientState, Instruction, LinkProbe
 from rankfit.configs.settings import NodeConfigError, RunSettings, from_flat
 from rankfit.estimator.device_report import DeviceReport
 
@@ -87,7 +89,7 @@ def _tells(context: Context) -> bool:
         return False
 
 
-@app.query("capabilities")
+@app.query(protocol.QUERY.removeprefix("query."))
 @_coded
 def capabilities(message: Message, context: Context) -> Message:
     """Answer with the device report; a worker may begin to load what training will need."""
@@ -108,16 +110,17 @@ def capabilities(message: Message, context: Context) -> Message:
             messenger.prefetch(order, request, report.uuid)
     content = RecordDict(
         {
-            "device": ConfigRecord({**report.to_dict()}),
-            "client": ConfigRecord({"worker": order is not None, "partitions": partitions}),
+            protocol.DEVICE: ConfigRecord({**report.to_dict()}),
+            protocol.CLIENT: ConfigRecord(ClientState(order is not None, partitions).to_dict()),
         }
     )
-    if "link" in message.content:  # the server times a payload
-        content["payload"] = _payload(message.content.config_records["link"])
+    if protocol.LINK in message.content:  # the server times a payload
+        probe = LinkProbe.from_dict(message.content.config_records[protocol.LINK])
+        content[protocol.PAYLOAD] = _payload(probe)
     return Message(content, reply_to=message)
 
 
-@app.query("finish")
+@app.query(protocol.FINISH.removeprefix("query."))
 @_coded
 def finish(message: Message, context: Context) -> Message:
     """The run is over for this client: its worker ends, if it has one."""
@@ -134,12 +137,12 @@ def finish(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train at the plan that came with the message, and return what moved."""
     answer = _perform("train", message, context)
-    plan = message.content.config_records["plan"]
+    arrays = {name: Array(array) for name, array in answer.arrays.items()}
     content = RecordDict(
         {
-            "adapter": ArrayRecord({name: Array(array) for name, array in answer.arrays.items()}),
-            "metrics": MetricRecord({**_policy(context).let_out(answer.metrics)}),
-            "update": ConfigRecord({"round": plan["round"], "run": plan["run"]}),
+            protocol.ADAPTER: ArrayRecord(arrays),
+            protocol.METRICS: MetricRecord({**_policy(context).let_out(answer.metrics)}),
+            protocol.ORIGIN: ConfigRecord(_instruction(message).origin),
         }
     )
     return Message(content, reply_to=message)
@@ -150,7 +153,8 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the global adapter on the client's own data."""
     answer = _perform("evaluate", message, context)
-    content = RecordDict({"metrics": MetricRecord({**_policy(context).let_out(answer.metrics)})})
+    metrics = MetricRecord({**_policy(context).let_out(answer.metrics)})
+    content = RecordDict({protocol.METRICS: metrics})
     return Message(content, reply_to=message)
 
 
@@ -173,13 +177,13 @@ def _perform(kind: Kind, message: Message, context: Context) -> Answer:
 
 
 def _request(kind: Kind, message: Message, context: Context, report: DeviceReport) -> Request:
-    plan = cast(ConfigRecord, message.content["plan"])
-    _policy(context).check_plan(int(cast(int, plan.get("peak-bytes", 0))))
+    instruction = _instruction(message)
+    _policy(context).check_plan(int(cast(int, instruction.plan.get("peak-bytes", 0))))
     arrays = _arrays(message, context)
     partition, partitions = _place(context)
     return Request(
         kind=kind,
-        plan=cast(dict[str, Any], dict(plan)),
+        instruction=instruction,
         arrays=arrays,
         partition=partition,
         partitions=partitions,
@@ -187,10 +191,14 @@ def _request(kind: Kind, message: Message, context: Context, report: DeviceRepor
     )
 
 
+def _instruction(message: Message) -> Instruction:
+    return Instruction.from_dict(message.content.config_records[protocol.PLAN])
+
+
 def _arrays(message: Message, context: Context) -> Arrays:
     """The adapter of a message, completed from what this node was sent before."""
-    sent = _numpy(message.content.array_records["adapter"])
-    places = message.content.config_records.get("held")
+    sent = _numpy(message.content.array_records[protocol.ADAPTER])
+    places = message.content.config_records.get(protocol.DELTA)
     if places is None:
         return sent
     before = context.state.array_records.get(_HELD)
@@ -305,12 +313,12 @@ def _placement() -> Placement | None:
     return Placement(share, visible)
 
 
-def _payload(asked: ConfigRecord) -> ArrayRecord:
-    """Random bytes, as many as the server asks for, at most 64 MiB."""
+def _payload(probe: LinkProbe) -> ArrayRecord:
+    """Random bytes, as many as the server asks for; nothing on the way can shrink them."""
     import numpy as np
 
-    count = min(max(int(cast(int, asked["reply-bytes"])), 0), 64 * 2**20)
-    return ArrayRecord({"payload": Array(np.frombuffer(os.urandom(count), dtype=np.uint8))})
+    payload = np.frombuffer(os.urandom(probe.reply_bytes), dtype=np.uint8)
+    return ArrayRecord({protocol.PAYLOAD: Array(payload)})
 
 
 def _own() -> Held | None:

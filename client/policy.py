@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from rankfit.configs.faults import Faulty
 from rankfit.configs.learning import Count, NonNegative, Table
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import OWNER, ConfigError, RunSettings, Scalar, split_list
 from rankfit.tasks.records import Access
 
@@ -198,7 +199,7 @@ class Policy(Table):
         return {
             name: value
             for name, value in metrics.items()
-            if name == "num-examples" or _matches(name, self.figures)
+            if name == Metric.NUM_EXAMPLES or _matches(name, self.figures)
         }
 
     def _model(self, settings: RunSettings) -> Iterable[NotAllowed]:

@@ -1,7 +1,5 @@
 """Does what a client is asked, in this process: the one path of simulation and worker alike."""
 
-from typing import cast
-
 import torch
 
 from rankfit.adapters.adapter import Adapter
@@ -9,6 +7,7 @@ from rankfit.adapters.wire import decode, encode_update
 from rankfit.client import trainer
 from rankfit.client.worker_protocol import Answer, Request
 from rankfit.client.workspace import Workspace
+from rankfit.configs.protocol import Instruction, Metric
 from rankfit.configs.settings import derive
 from rankfit.estimator.plan import Plan
 
@@ -29,29 +28,30 @@ def perform(workspace: Workspace, request: Request) -> Answer:
         workspace.load()
         workspace.samples(request.partition, request.partitions)
         return Answer()
+    if request.instruction is None:
+        raise ValueError(f"a request of kind {request.kind!r} says nothing of what it is of")
     if request.kind == "train":
         with workspace.group.meeting():
-            workspace.check_base(str(request.plan["fingerprint"]))
-            return _train(workspace, request)
+            workspace.check_base(request.instruction.fingerprint)
+            return _train(workspace, request, request.instruction)
     if request.kind == "evaluate":
-        workspace.check_base(str(request.plan["fingerprint"]))
-        return _evaluate(workspace, request)
+        workspace.check_base(request.instruction.fingerprint)
+        return _evaluate(workspace, request, request.instruction)
     raise ValueError(f"nothing is known of a request of kind {request.kind!r}")
 
 
-def _train(workspace: Workspace, request: Request) -> Answer:
-    run = str(request.plan["run"])
+def _train(workspace: Workspace, request: Request, asked: Instruction) -> Answer:
     samples = workspace.samples(request.partition, request.partitions)
     workspace.policy.check_samples(len(samples))
     job = trainer.Job(
-        client=str(request.plan["client"]),
-        round=cast(int, request.plan["round"]),
-        plan=Plan.from_dict(request.plan),
-        adapter=_adapter(request),
+        client=asked.client,
+        round=asked.round,
+        plan=Plan.from_dict(asked.plan),
+        adapter=_adapter(request, asked),
         samples=samples,
         cap_bytes=request.cap_bytes,
-        own_head=workspace.head_store(request.partition, run),
-        moments=workspace.moment_store(request.partition, run),
+        own_head=workspace.head_store(request.partition, asked.run),
+        moments=workspace.moment_store(request.partition, asked.run),
     )
     trained = trainer.train(workspace, job)
     settings = workspace.settings
@@ -63,15 +63,15 @@ def _train(workspace: Workspace, request: Request) -> Answer:
     return Answer(arrays, trained.metrics)
 
 
-def _evaluate(workspace: Workspace, request: Request) -> Answer:
+def _evaluate(workspace: Workspace, request: Request, asked: Instruction) -> Answer:
     samples = workspace.test_samples(request.partition, request.partitions)
     workspace.policy.check_samples(len(samples))
-    store = workspace.head_store(request.partition, str(request.plan["run"]))
-    head = store.load(cast(int, request.plan["round"]) + 1) if store else None
-    precision = str(request.plan["precision"])
-    metrics = trainer.evaluate(workspace, _adapter(request), samples, head, precision)
-    return Answer(metrics={"num-examples": len(samples), **metrics})
+    store = workspace.head_store(request.partition, asked.run)
+    head = store.load(asked.round + 1) if store else None
+    adapter = _adapter(request, asked)
+    metrics = trainer.evaluate(workspace, adapter, samples, head, asked.precision)
+    return Answer(metrics={Metric.NUM_EXAMPLES: len(samples), **metrics})
 
 
-def _adapter(request: Request) -> Adapter:
-    return Adapter.from_state_dict(decode(request.arrays), cast(float, request.plan["scale"]))
+def _adapter(request: Request, asked: Instruction) -> Adapter:
+    return Adapter.from_state_dict(decode(request.arrays), asked.scale)

@@ -27,6 +27,7 @@ from rankfit.client.regularizers import (
     pruned_rank,
 )
 from rankfit.client.workspace import ClientStore, Workspace
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import RunSettings, derive, learning_rate
 from rankfit.estimator.plan import Plan
 from rankfit.tasks.base_model import DTYPES, eject, inject
@@ -201,11 +202,11 @@ def train(workspace: Workspace, job: Job) -> Trained:
             plan, failures = smaller, failures + 1
         # The failed attempt's tensors hang on its traceback, which ends with the except clause.
         free_cache()
-    metrics["train-seconds"] = time.monotonic() - began
+    metrics[Metric.TRAIN_SECONDS] = time.monotonic() - began
     if failures:
-        metrics |= {"out-of-memory": failures, "micro-batch": plan.micro_batch}
+        metrics |= {Metric.OUT_OF_MEMORY: failures, Metric.MICRO_BATCH: plan.micro_batch}
         if plan.rank < job.plan.rank:
-            metrics.setdefault("rank-cap", plan.rank)
+            metrics.setdefault(Metric.RANK_CAP, plan.rank)
     return Trained(state, metrics)
 
 
@@ -303,7 +304,7 @@ def _attempt(
         if job.own_head is not None and workspace.group.leads:
             job.own_head.save(job.round, Adapter.from_state_dict(trained, given.scale).head)
         if any(term.prunes() for term in decay):
-            metrics |= {"pruned": 1, "rank-cap": decay[0].keep}
+            metrics |= {Metric.PRUNED: 1, Metric.RANK_CAP: decay[0].keep}
             state = cut_state(state, decay[0].keep)
         return state, metrics | scores
     finally:
@@ -321,7 +322,7 @@ def _scores(workspace: Workspace, job: Job, model: PeftModel) -> dict[str, float
     probe = workspace.settings.method.probe_samples or len(job.samples)
     rows = draw.permutation(job.samples)[:probe]
     found = fisher_scores(model, workspace.task.train, rows, workspace.device)
-    return {f"score.{module}": score for module, score in found.items()}
+    return {f"{Metric.SCORE}{module}": score for module, score in found.items()}
 
 
 def _trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -428,11 +429,11 @@ def _fit(
     if skipped:
         log.warning("client %s: %d of %d steps overflowed fp16", job.client, skipped, steps)
     return {
-        "num-examples": len(job.samples),
-        "train-loss": loss_sum / max(1, seen),
-        "steps": steps,
-        "learning-rate": rate,
-        "peak-memory-bytes": peak,
+        Metric.NUM_EXAMPLES: len(job.samples),
+        Metric.TRAIN_LOSS: loss_sum / max(1, seen),
+        Metric.STEPS: steps,
+        Metric.LEARNING_RATE: rate,
+        Metric.PEAK_MEMORY_BYTES: peak,
     }
 
 

@@ -199,7 +199,7 @@ class Worker:
     def _answer(self, request: Request) -> tuple[dict[str, Any], Answer]:
         """Perform a request; an exception becomes an answer that tells it."""
         began = time.monotonic()
-        what = f"{request.kind} of round {request.plan.get('round', '-')}"
+        what = str(request)
         log.info("%s: begins, %s", what, _ranks(request))
         try:
             answer = self._perform(request)
@@ -268,7 +268,7 @@ def _told(error: Exception) -> dict[str, object]:
 
 
 def _ranks(request: Request) -> str:
-    ranks = request.plan.get("ranks")
+    ranks = request.instruction.plan.get("ranks") if request.instruction else None
     if not isinstance(ranks, list) or not ranks:
         return "no plan"
     return f"rank {max(int(rank) for rank in ranks)}, {len(ranks)} modules"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from rankfit.configs.faults import Faulty
+from rankfit.configs.protocol import Instruction
 
 Kind = Literal["prefetch", "train", "evaluate", "finish"]
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -28,8 +29,8 @@ class Request:
     ----------
     kind : {"prefetch", "train", "evaluate", "finish"}
         ``prefetch`` loads what the others need; ``finish`` ends a worker.
-    plan : Mapping[str, Value]
-        The message's ``plan`` record: round, scale, fingerprint, and the plan itself.
+    instruction : Instruction or None
+        What the training or evaluation is of; None for the other kinds.
     arrays : Mapping[str, NDArray]
         The adapter as it travelled.
     partition : int or None
@@ -41,17 +42,21 @@ class Request:
     """
 
     kind: Kind
-    plan: Mapping[str, Value] = field(default_factory=dict)
+    instruction: Instruction | None = None
     arrays: Arrays = field(default_factory=dict)
     partition: int | None = None
     partitions: int = 1
     cap_bytes: int | None = None
 
+    def __str__(self) -> str:
+        number = self.instruction.round if self.instruction else "-"
+        return f"{self.kind} of round {number}"
+
     def header(self) -> dict[str, object]:
         """All but the arrays, for JSON."""
         return {
             "kind": self.kind,
-            "plan": dict(self.plan),
+            "instruction": self.instruction and self.instruction.to_dict(),
             "partition": self.partition,
             "partitions": self.partitions,
             "cap-bytes": self.cap_bytes,
@@ -66,18 +71,19 @@ class Request:
         ValueError
             If a field is missing or of another type.
         """
-        kind, plan = header.get("kind"), header.get("plan")
+        kind, instruction = header.get("kind"), header.get("instruction")
         partition, partitions = header.get("partition"), header.get("partitions")
         cap = header.get("cap-bytes")
         if kind not in ("prefetch", "train", "evaluate", "finish"):
             raise ValueError(f"kind is {kind!r}; expected prefetch, train, evaluate or finish")
-        if not isinstance(plan, dict):
-            raise ValueError("a request's plan must be an object")
+        if not isinstance(instruction, dict | None):
+            raise ValueError("a request's instruction must be an object or null")
         if not isinstance(partition, int | None) or not isinstance(cap, int | None):
             raise ValueError("a request's partition and cap-bytes must be whole numbers or null")
         if not isinstance(partitions, int):
             raise ValueError("a request's partitions must be a whole number")
-        return cls(kind, plan, arrays, partition, partitions, cap)
+        read = None if instruction is None else Instruction.from_dict(instruction)
+        return cls(kind, read, arrays, partition, partitions, cap)
 
 
 @dataclass(frozen=True)

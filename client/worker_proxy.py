@@ -227,10 +227,9 @@ def _died(request: Request, place: Place) -> WorkerError:
     where = _log_of(place)
     with suppress(FrameError, OSError):
         place.remove()
-    number = request.plan.get("round", "?")
     return WorkerError(
-        f"the worker died during {request.kind} of round {number} (killed, or out of memory): this "
-        f"update is lost, and the next message starts another worker; {where}",
+        f"the worker died during {request} (killed, or out of memory): this update is lost, "
+        f"and the next message starts another worker; {where}",
         fault="worker-died",
     )
 

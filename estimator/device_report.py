@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
+from rankfit.configs.protocol import one_line, shown
+
 Accelerator = Literal["cuda", "cpu"]
 Source = Literal["nvml", "cuda", "ram", "declared"]
 
@@ -25,17 +27,6 @@ LENGTHS: Mapping[str, int] = {
     "client": 64, "name": 96, "uuid": 64, "compute_capability": 8, "note": 200,
 }  # fmt: skip
 _CAPABILITY = re.compile(r"\d{1,3}\.\d{1,2}")
-
-
-def one_line(text: str, most: int) -> str:
-    """A client's text as it may be written and shown: printable characters on one line.
-
-    Control and format characters (line breaks, escape sequences, changes of direction) become
-    blanks, blanks in a row become one, and what is longer than ``most`` characters is cut.
-    """
-    kept = "".join(c if c.isprintable() else " " for c in text[: 8 * most])
-    line = " ".join(kept.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -148,10 +139,3 @@ class DeviceReport:
         if not values["client"]:
             raise ValueError("device report: the client has no name")
         return cls(**values)  # type: ignore[arg-type]
-
-
-def shown(value: object) -> str:
-    """A client's value for an error message, whatever it is and however large."""
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "a whole number of more than 20 digits"
-    return one_line(repr(value if not isinstance(value, str) else value[:200]), 60)

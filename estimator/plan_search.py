@@ -296,6 +296,7 @@ class Estimator:
         inputs: Sequence[InputSpec],
         *,
         phases: Sequence[Moves] = ("both",),
+        whole_head: bool = False,
         traces: TraceCache | None = None,
         kind: models.Kind | None = None,
     ) -> Self:
@@ -307,6 +308,9 @@ class Estimator:
             Of the base model, with the run's number of classes.
         inputs : sequence of InputSpec
             Batch of the task for one sample, labels included (see :func:`inputs_of`).
+        whole_head : bool
+            Whether Adam keeps one second moment for each tensor of the head, as the method's rates
+            say (:class:`rankfit.adapters.rates.Rates`).
         kind : str, optional
             Kind of model, where there is no task for it yet (default: the run's task).
 
@@ -345,7 +349,7 @@ class Estimator:
             checkpointing=settings.train.gradient_checkpointing,
             dropout=settings.lora.dropout,
             clips=settings.train.max_grad_norm > 0,
-            whole_head=adam and settings.train.head_moment == "tensor",
+            whole_head=adam and whole_head,
         )
         return cls(
             spec,
@@ -358,10 +362,20 @@ class Estimator:
             traces=traces,
         )
 
+    def during(self, phases: Sequence[Moves]) -> "Estimator":
+        """The estimator of another stage of the run: the same step and traces, other phases."""
+        if tuple(phases) == self.phases:
+            return self
+        return Estimator(
+            self.spec, self.payload, self.settings, phases=phases,
+            can_checkpoint=self._can_checkpoint, traces=self.traces,
+        )  # fmt: skip
+
     def fit(
         self,
         report: DeviceReport,
         *,
+        tail: bool | None = None,
         calibration: Calibration | None = None,
         extra_bytes: int = 0,
         pace: Pace | None = None,
@@ -370,6 +384,9 @@ class Estimator:
 
         Parameters
         ----------
+        tail : bool, optional
+            Whether the directions that are not trained come along, frozen, where that fits (None =
+            as ``method.tail`` says).
         calibration : Calibration, optional
             In place of the terms that follow from the report.
         extra_bytes : int
@@ -391,7 +408,8 @@ class Estimator:
         limit = min(value for value in (upload, download, cap) if value is not None)
         if limit < least:
             return too_slow(report, settings, self.payload, self.phases, upload)
-        tail = settings.method.tail and (download is None or download >= cap)
+        wanted = settings.method.tail if tail is None else tail
+        tail = wanted and (download is None or download >= cap)
         late: Step | None = None
         ways = self.steps_on(report)
         if not ways or (settings.train.autocast == "bf16" and lacks_bf16(report)):
@@ -407,11 +425,10 @@ class Estimator:
                 continue
             bounds = Bounds(rank, upload, download, cap, time)
             ranks = dict.fromkeys(self.spec.targets, rank)
-            plan = self._plan(report, terms, step, ranks, total, budget)
+            plan = self._plan(report, terms, step, ranks, total, budget, bounds.binding(most))
             footprint = self.footprint(report, step, None, total > 0, terms)
             allocator = max(1, budget - terms.outside)
             split = footprint.breakdown(rank, max(0, total - rank), cap_bytes=allocator)
-            plan = replace(plan, binding=bounds.binding(most))
             return Estimate(report.client, plan, bounds, split, tuple(ways[:position]))
         if late is not None and pace is not None:
             return too_late(report, settings, self.work(late), pace)
@@ -463,10 +480,8 @@ class Estimator:
         step = Step.of(plan)
         adapted = {module: rank for module, rank in named.items() if rank > 0}
         total = self.settings.lora.rank if plan.tail_rank else 0
-        lowered = self._plan(
-            report, self.profile.calibration(report), step, adapted, total, self._budget(report)
-        )
-        return replace(lowered, binding="method")
+        terms, budget = self.profile.calibration(report), self._budget(report)
+        return self._plan(report, terms, step, adapted, total, budget, "method")
 
     def footprint(
         self,
@@ -541,6 +556,7 @@ class Estimator:
         ranks: Mapping[str, int],
         total: int,
         budget: int,
+        binding: Binding,
     ) -> Plan:
         tails: Ranks = tail_ranks(ranks, total) if total else 0
         tail = not isinstance(tails, int) and any(tails.values())
@@ -554,7 +570,7 @@ class Estimator:
             checkpointing=step.checkpointing,
             peak_bytes=footprint.expected(ranks, tails, budget),
             budget_bytes=report.budget_bytes,
-            binding="cap",
+            binding=binding,
             tail_rank=total if tail else 0,
             precision=step.precision,
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from rankfit.adapters.adapter import Adapter, initial
-from rankfit.adapters.names import Moves
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import RunSettings, derive, split_list
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, inputs_of
@@ -27,7 +27,8 @@ from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.method import configured
 from rankfit.strategies.methods import find
 from rankfit.strategies.planner import Planner
-from rankfit.strategies.strategy import HeterogeneousLora, Outcome, summarise
+from rankfit.strategies.strategy import HeterogeneousLora
+from rankfit.strategies.training_round import Outcome, summarise
 from rankfit.tasks import load_task
 from rankfit.tasks.base_model import (
     check_quantizable,
@@ -150,9 +151,11 @@ def build(settings: RunSettings) -> Federation:
     shapes = target_shapes(base, targets, settings.lora.rank)
     inputs = inputs_of(task.example_batch(1))
 
-    def estimator(planned: RunSettings, phases: tuple[Moves, ...]) -> Estimator:
-        return Estimator.for_run(planned, base.config, inputs, phases=phases, traces=_TRACES)
-
+    phases = method.schedule(1, settings).phases
+    estimator = Estimator.for_run(
+        settings, base.config, inputs, phases=phases, whole_head=method.rates.whole_head,
+        traces=_TRACES,
+    )  # fmt: skip
     fresh = initial(
         shapes,
         settings.lora.rank,
@@ -197,7 +200,7 @@ def play_round(
     strategy, settings = federation.strategy, federation.settings
     replies = exchange(grid, outgoing, settings.server.round_timeout_seconds)
     for position, reply in in_order(replies, settings.server.max_waiting_updates):
-        strategy.fold(position, reply)
+        strategy.receive(position, reply)
     adapter, outcomes = strategy.close_round()
     line: dict[str, Any] = {"round": number, **summarise(outcomes)}
     line["train-seconds"] = round(time.monotonic() - began, 3)
@@ -250,7 +253,14 @@ def _record(
         None if exported is adapter else exported,
     )
     federation.directory.save(checkpoint, federation.heads)
-    for key in ("train-loss", "updates", "dropped", "upload-bytes", "download-bytes", "seconds"):
+    for key in (
+        Metric.TRAIN_LOSS,
+        "updates",
+        "dropped",
+        "upload-bytes",
+        "download-bytes",
+        "seconds",
+    ):
         if key in line:
             events.add_scalar(f"round/{key}", line[key], line["round"])
     for group in ("evaluation", "diagnostics"):

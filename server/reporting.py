@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankfit.configs.compose import without_places
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import RunSettings, to_flat
 from rankfit.strategies.fleet import natural
 from rankfit.strategies.strategy import HeterogeneousLora
@@ -144,13 +145,13 @@ def _client(client: str, lines: Sequence[Line]) -> ClientSummary:
         ranks=",".join(str(rank) for rank in sorted({line["rank"] for line in lines})),
         rounds=len(lines),
         dropped=sum(not line["merged"] for line in lines),
-        samples=max(line.get("num-examples", 0) for line in lines),
+        samples=max(line.get(Metric.NUM_EXAMPLES, 0) for line in lines),
         expected_bytes=max(line.get("expected-peak-bytes", 0) for line in lines),
-        peak_bytes=max(line.get("peak-memory-bytes", 0) for line in lines),
+        peak_bytes=max(line.get(Metric.PEAK_MEMORY_BYTES, 0) for line in lines),
         kept_free_bytes=max(line.get("kept-free-bytes", 0) for line in lines),
         upload_bytes=sum(line["upload-bytes"] for line in lines),
         download_bytes=sum(line["download-bytes"] for line in lines),
-        seconds=sum(line.get("train-seconds", 0.0) for line in lines),
+        seconds=sum(line.get(Metric.TRAIN_SECONDS, 0.0) for line in lines),
     )
 
 
@@ -195,7 +196,7 @@ def round_line(line: Mapping[str, Any], rounds: int) -> str:
     parts = [f"round {line['round']}/{rounds}"]
     evaluation = line.get("evaluation", {})
     parts += [f"{key} {evaluation[key]:.4f}" for key in ("accuracy", "loss") if key in evaluation]
-    if "train-loss" in line:
+    if Metric.TRAIN_LOSS in line:
         parts.append(f"training {line['train-loss']:.4f}")
     ranks = sorted({client["rank"] for client in line["clients"].values()})
     total = line["updates"] + line["dropped"]
@@ -443,8 +444,10 @@ def _plots(rounds: Sequence[Line]) -> list[str]:
     ):
         series = {n: [(position(line), line["evaluation"][n]) for line in measured] for n in names}
         plots += [_line_plot(series, label, "test")] if series else []
-    losses = [(line["round"], line["train-loss"]) for line in rounds if "train-loss" in line]
-    plots += [_line_plot({"train-loss": losses}, "round", "training loss")] if losses else []
+    losses = [
+        (line["round"], line[Metric.TRAIN_LOSS]) for line in rounds if Metric.TRAIN_LOSS in line
+    ]
+    plots += [_line_plot({Metric.TRAIN_LOSS: losses}, "round", "training loss")] if losses else []
     return plots
 
 

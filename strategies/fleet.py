@@ -3,16 +3,19 @@
 import logging
 import os
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from rankfit.configs.settings import derive
+from rankfit.configs.protocol import FINISH, LINK, PAYLOAD, QUERY, LinkProbe
+from rankfit.configs.settings import RunSettings, derive
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.strategies import messages
 from rankfit.strategies.replies import Refused, keeps_worker, partitions, read_failure, read_report
@@ -57,8 +60,8 @@ def measure_link(grid: Grid, node_id: int, nbytes: int, timeout: float) -> Link 
     plain = [_seconds(grid, node_id, RecordDict(), timeout) for _ in range(PLAIN)]
     known = [seconds for seconds in plain if seconds is not None]
     payload = np.frombuffer(os.urandom(nbytes), dtype=np.uint8)  # nothing on the way can shrink it
-    down = RecordDict({"payload": messages.arrays_record({"payload": payload})})
-    up = RecordDict({"link": ConfigRecord({"reply-bytes": nbytes})})
+    down = RecordDict({PAYLOAD: messages.arrays_record({PAYLOAD: payload})})
+    up = RecordDict({LINK: ConfigRecord(LinkProbe(nbytes).to_dict())})
     there, back = (_seconds(grid, node_id, content, timeout) for content in (down, up))
     if not known or there is None or back is None:
         log.warning("the link of node %d could not be measured in %.0f s", node_id, timeout)
@@ -73,7 +76,7 @@ def _mbps(nbytes: int, seconds: float) -> float:
 
 def _seconds(grid: Grid, node_id: int, content: RecordDict, timeout: float) -> float | None:
     """Time from sending a query to its reply; None for an error or no reply."""
-    message = messages.message(content, node_id, messages.QUERY, 0, timeout)
+    message = messages.message(content, node_id, QUERY, 0, timeout)
     began = time.monotonic()
     (identity,) = grid.push_messages([message])
     while time.monotonic() - began < timeout:
@@ -83,6 +86,8 @@ def _seconds(grid: Grid, node_id: int, content: RecordDict, timeout: float) -> f
     return None
 
 
+#: The program as which a SuperLink starts a ServerApp; that of a simulation has another name.
+_DEPLOYED = "flwr-serverapp"
 #: Seconds between two looks for new nodes or replies.
 PAUSE = 0.1
 #: Seconds that a known client has to report again; its last report counts after that.
@@ -190,6 +195,16 @@ class Fleet:
         self._shares: dict[int, int] = {}
         self._gathered = False
 
+    @classmethod
+    def of(cls, settings: RunSettings) -> "Fleet":
+        """The fleet of a run; names belong to nodes where a SuperLink with keys started it."""
+        names, deployed = settings.server.bind_names, Path(sys.argv[0]).stem == _DEPLOYED
+        return cls(
+            settings.server.wait_seconds,
+            int(settings.plan.measure_link_mib * 2**20),
+            bind_names=names == "on" or (names == "auto" and deployed),
+        )
+
     @property
     def partitions(self) -> int:
         """Parts of the data set that the nodes share, as most of them say; 0 = none is shared."""
@@ -208,8 +223,7 @@ class Fleet:
             return
         ttl = self._query_timeout
         outgoing = [
-            messages.message(RecordDict(), node, messages.QUERY, server_round, ttl)
-            for node in fresh
+            messages.message(RecordDict(), node, QUERY, server_round, ttl) for node in fresh
         ]
         for index, reply in exchange(grid, outgoing, ttl):
             self._admit(fresh[index], reply)
@@ -226,9 +240,7 @@ class Fleet:
         when it has been idle (``client.idle-seconds``).
         """
         nodes = sorted(self._workers & set(grid.get_node_ids()))
-        outgoing = [
-            messages.message(RecordDict(), node, messages.FINISH, 0, seconds) for node in nodes
-        ]
+        outgoing = [messages.message(RecordDict(), node, FINISH, 0, seconds) for node in nodes]
         heard = 0
         for position, reply in exchange(grid, outgoing, seconds):
             heard += 1
@@ -272,7 +284,7 @@ class Fleet:
         known = [c for c in clients if c in self.devices and _varies(self.devices[c].report)]
         outgoing = [
             messages.message(
-                RecordDict(), self.devices[client].node_id, messages.QUERY, server_round, RENEWAL
+                RecordDict(), self.devices[client].node_id, QUERY, server_round, RENEWAL
             )
             for client in known
         ]

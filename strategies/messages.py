@@ -1,35 +1,24 @@
-"""Flower records and messages from the plain values that the rest of RankFit works with.
+"""Flower messages from the plain values that the rest of RankFit works with.
 
 What clients send back is read in :mod:`rankfit.strategies.replies` alone.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from rankfit.configs.faults import Fault
-
-QUERY = "query.capabilities"
-FINISH = "query.finish"
-TRAIN = "train"
-EVALUATE = "evaluate"
-
-#: Characters of a client's reason that are read.
-_READ = 4000
-#: Flower's error codes; 3, 4 and 5 are written by the SuperLink on the client's behalf.
-_ERRORS = {
-    0: "unknown error, or its process died",
-    1: "its app could not be loaded",
-    2: "it raised an error",
-    3: "the message expired before it was fetched",
-    4: "its reply never came",
-    5: "its node is gone",
-    6: "a mod refused the message",
-    7: "its app bundle is invalid",
-    8: "its process died",
-}
+from rankfit.adapters.adapter import Adapter
+from rankfit.adapters.delta import Prints, leave_out, prints
+from rankfit.adapters.wire import encode, round_trip
+from rankfit.configs.protocol import ADAPTER, DELTA, EVALUATE, PLAN, TRAIN, Instruction
+from rankfit.configs.settings import RunSettings, derive
+from rankfit.estimator.plan import Plan
+from rankfit.strategies.diagnostics import Diagnosis
+from rankfit.strategies.replies import Assignment
+from rankfit.strategies.start import Share, Start
 
 
 def arrays_record(arrays: Mapping[str, NDArray[np.generic]]) -> ArrayRecord:
@@ -52,20 +41,140 @@ def message(
 
 
 def origin(message: Message) -> ConfigRecord:
-    """Which round of which run a message is of: an update carries it back as ``update``."""
-    plan = message.content.config_records["plan"]
-    return ConfigRecord({"round": plan["round"], "run": plan["run"]})
+    """Which round of which run a message is of: an update carries it back."""
+    plan = message.content.config_records[PLAN]
+    return ConfigRecord(Instruction.from_dict(plan).origin)
 
 
-def failure(reply: Message) -> str:
-    """Say why a reply carries an error, in words that are the server's own."""
-    found = fault(reply)
-    if found is not None:
-        return found.sentence()
-    # What else stands there may come from anyone, and hold anything: it is not shown.
-    return _ERRORS.get(reply.error.code, f"error {reply.error.code}")
+@dataclass(frozen=True)
+class Parcel:
+    """A share as it is sent, its hashes, and how far it is from the whole adapter."""
+
+    share: Share
+    record: ArrayRecord
+    arrays: Mapping[str, NDArray[np.generic]]
+    prints: Prints
+    truncation: float
 
 
-def fault(reply: Message) -> Fault | None:
-    """The fault that a reply with an error names; None if it names none of RankFit's."""
-    return Fault.read((reply.error.reason or "")[:_READ])
+class Dispatch:
+    """Addresses the messages of one round.
+
+    Parameters
+    ----------
+    settings : RunSettings
+        The run.
+    start : Start
+        What each client is given.
+    fingerprint, identity : str
+        Of the base model, a client with another base refuses; and of the run.
+    number : int
+        The round.
+    held : Mapping[int, Prints]
+        By node, hashes of what it was sent last.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        start: Start,
+        fingerprint: str,
+        identity: str,
+        number: int,
+        held: Mapping[int, Prints],
+    ) -> None:
+        self._settings = settings
+        self._start = start
+        self._fingerprint = fingerprint
+        self._identity = identity
+        self._number = number
+        self._held = held
+        self._parcels: dict[object, Parcel] = {}
+
+    def training(
+        self,
+        adapter: Adapter,
+        folded: Adapter | None,
+        clients: list[tuple[str, int, Plan]],
+        diagnosis: Diagnosis | None,
+    ) -> tuple[list[Assignment], list[Message]]:
+        """One message for each (client, node id, plan), and what it asks for, in this order."""
+        sent = self._arrives(adapter)
+        behind = folded and self._arrives(folded)
+        assignments, outgoing = [], []
+        for client, node_id, plan in clients:
+            parcel = self._parcel(sent, behind, client, plan, diagnosis)
+            if diagnosis is not None:
+                diagnosis.start(parcel.truncation)
+            share = parcel.share
+            instruction = self._instruction(share.given.scale, plan, client)
+            record = ConfigRecord(replace(instruction, plan=plan.to_dict()).to_dict())
+            adapter_record, extra, sent_bytes = self._without_held(parcel, node_id)
+            content = RecordDict({ADAPTER: adapter_record, PLAN: record, **extra})
+            outgoing.append(self._message(content, node_id, TRAIN))
+            assignments.append(
+                Assignment(
+                    client, node_id, plan, share.given, sent_bytes, share.indices, parcel.prints
+                )
+            )
+        return assignments, outgoing
+
+    def evaluation(self, adapter: Adapter, nodes: list[tuple[str, int, Plan]]) -> list[Message]:
+        """One message for each (client, node id, plan): the whole adapter, on the plan's base."""
+        arrays = encode(adapter.state_dict(), self._settings.wire.dtype)
+        record = arrays_record(arrays)
+        outgoing = []
+        for client, node_id, plan in nodes:
+            config = ConfigRecord(self._instruction(adapter.scale, plan, client).to_dict())
+            content = RecordDict({ADAPTER: record, PLAN: config})
+            outgoing.append(self._message(content, node_id, EVALUATE))
+        return outgoing
+
+    def _parcel(
+        self,
+        sent: Adapter,
+        folded: Adapter | None,
+        client: str,
+        plan: Plan,
+        diagnosis: Diagnosis | None,
+    ) -> Parcel:
+        same = (tuple(plan.ranks.items()), plan.tail_rank)
+        key = (same, client) if self._start.draws else same
+        if key not in self._parcels:
+            seed = derive(self._settings.run.seed, "start", self._number, client)
+            share = self._start.share(sent, folded, plan, seed)
+            arrays = encode(share.travels.state_dict(), self._settings.wire.dtype)
+            self._parcels[key] = Parcel(
+                share,
+                arrays_record(arrays),
+                arrays,
+                prints(arrays) if self._settings.wire.delta else {},
+                diagnosis.truncation(share, self._start.folds) if diagnosis else 0.0,
+            )
+        return self._parcels[key]
+
+    def _without_held(
+        self, parcel: Parcel, node_id: int
+    ) -> tuple[ArrayRecord, dict[str, ConfigRecord], int]:
+        """What is sent to a node, how it is completed there, and its bytes."""
+        sent, record, extra = parcel.arrays, parcel.record, dict[str, ConfigRecord]()
+        if self._settings.wire.delta:
+            fewer, places = leave_out(sent, parcel.prints, self._held.get(node_id, {}))
+            extra[DELTA] = ConfigRecord({**places})
+            if places:
+                sent, record = fewer, arrays_record(fewer)
+        return record, extra, sum(array.nbytes for array in sent.values())
+
+    def _arrives(self, adapter: Adapter) -> Adapter:
+        """An adapter after the wire type's rounding."""
+        state = round_trip(adapter.state_dict(), self._settings.wire.dtype)
+        return Adapter.from_state_dict(state, adapter.scale)
+
+    def _instruction(self, scale: float, plan: Plan, client: str) -> Instruction:
+        return Instruction(
+            self._number, self._identity, client, scale, self._fingerprint, plan.precision
+        )
+
+    def _message(self, content: RecordDict, node_id: int, kind: str) -> Message:
+        ttl = self._settings.server.round_timeout_seconds
+        return message(content, node_id, kind, self._number, ttl)

@@ -143,16 +143,3 @@ def configured(method: Method, settings: RunSettings) -> Method:
             f"{settings.lora.form!r} (the preset lokr sets both)"
         )
     return method
-
-
-def with_head_moment(settings: RunSettings, rates: Rates) -> RunSettings:
-    """The same settings with the ``train.head-moment`` of these rates: the estimate needs it."""
-    moment = "tensor" if rates.whole_head else "number"
-    own = settings.train.model_copy(update={"head_moment": moment})
-    return settings.model_copy(update={"train": own})
-
-
-def with_tail(settings: RunSettings) -> RunSettings:
-    """The same settings with ``method.tail`` on."""
-    own = settings.method.model_copy(update={"tail": True})
-    return settings.model_copy(update={"method": own})

@@ -1,12 +1,13 @@
 """Plans for a fleet: what the estimator allows each device, and what the method makes of it."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from statistics import median_low
 from typing import Any
 
 from rankfit.adapters.names import Moves
+from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.calibration import Corrections
 from rankfit.estimator.device_report import DeviceReport
@@ -14,8 +15,7 @@ from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, NothingFits
 from rankfit.estimator.training_time import Pace
 from rankfit.strategies.allocation import Budget, Choice
-from rankfit.strategies.method import Method, with_head_moment, with_tail
-from rankfit.strategies.replies import SCORE
+from rankfit.strategies.method import Method
 
 
 class ScoreBook:
@@ -31,8 +31,8 @@ class ScoreBook:
     def see(self, metrics: Mapping[str, int | float]) -> None:
         """Add what one client measured."""
         for name, value in metrics.items():
-            if name.startswith(SCORE):
-                self._scores.setdefault(name.removeprefix(SCORE), []).append(float(value))
+            if name.startswith(Metric.SCORE):
+                self._scores.setdefault(name.removeprefix(Metric.SCORE), []).append(float(value))
 
     def medians(self) -> dict[str, float]:
         """Of each module that was measured."""
@@ -41,7 +41,7 @@ class ScoreBook:
     @staticmethod
     def without(metrics: Mapping[str, int | float]) -> dict[str, int | float]:
         """All other metrics."""
-        return {name: value for name, value in metrics.items() if not name.startswith(SCORE)}
+        return {name: value for name, value in metrics.items() if not name.startswith(Metric.SCORE)}
 
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,6 @@ FASTEST = 1e20
 #: Plans that are kept for devices of the same kind.
 KEPT = 20_000
 
-#: Settings and the phases of a stage of the run → estimator of plans that hold in each of them.
-Estimators = Callable[[RunSettings, tuple[Moves, ...]], Estimator]
-
 
 class Planner:
     """Keeps the plans of a fleet up to date.
@@ -66,15 +63,15 @@ class Planner:
         The run.
     method : Method
         Its allocation turns the largest ranks into the ranks that clients get.
-    estimators : Estimators
-        Give a device the largest rank that fits; asked once for each stage of the method.
+    estimator : Estimator
+        Gives a device the largest rank that fits; it is asked for each stage of the method
+        (:meth:`~rankfit.estimator.plan_search.Estimator.during`).
     """
 
-    def __init__(self, settings: RunSettings, method: Method, estimators: Estimators) -> None:
+    def __init__(self, settings: RunSettings, method: Method, estimator: Estimator) -> None:
         self._settings = settings
         self._method = method
-        self._make = estimators
-        self._estimators: dict[tuple[bool, tuple[Moves, ...]], Estimator] = {}
+        self._estimators: dict[tuple[Moves, ...], Estimator] = {estimator.phases: estimator}
         #: Bytes that a client is trusted with after it ran out of memory, by its name.
         self._ceilings: dict[str, int] = {}
         #: What kinds of devices were measured to take above their estimates.
@@ -244,12 +241,10 @@ class Planner:
         asked = ("scores",) if due and settings.method.scores == "clients" else ()
         return (*self._method.extras, *asked)
 
-    def _estimator(self, phases: tuple[Moves, ...], tail: bool = False) -> Estimator:
-        if (tail, phases) not in self._estimators:
-            settings = with_tail(self._settings) if tail else self._settings
-            settings = with_head_moment(settings, self._method.rates)
-            self._estimators[tail, phases] = self._make(settings, phases)
-        return self._estimators[tail, phases]
+    def _estimator(self, phases: tuple[Moves, ...]) -> Estimator:
+        if phases not in self._estimators:
+            self._estimators[phases] = next(iter(self._estimators.values())).during(phases)
+        return self._estimators[phases]
 
     def _limit(self, report: DeviceReport) -> DeviceReport:
         budget = report.budget_bytes
@@ -281,7 +276,7 @@ class Planner:
         """The plan with a tail, where the method brings one and it costs no trained rank."""
         if plan.tail_rank or not self._method.start.brings_tail:
             return plan
-        fit = self._estimator(estimator.phases, tail=True).fit(report, pace=pace)
+        fit = estimator.fit(report, pace=pace, tail=True)
         if isinstance(fit, NothingFits):
             return plan
         same = replace(

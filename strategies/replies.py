@@ -28,11 +28,28 @@ from rankfit.adapters.wire import (
     payload_bytes,
     read_npy,
 )
-from rankfit.configs.learning import CLASS_METRICS, NUMBER_METRICS
+from rankfit.configs.faults import Fault
+from rankfit.configs.protocol import (
+    ADAPTER,
+    CLIENT,
+    DEVICE,
+    EVALUATION,
+    METRICS,
+    MOST_GROUPS,
+    OF_GROUP,
+    ORIGIN,
+    SCORES,
+    TRAINING,
+    Bounds,
+    ClientState,
+    Metric,
+    OutOfRange,
+    one_line,
+    shown,
+)
 from rankfit.configs.settings import RunSettings, split_list
-from rankfit.estimator.device_report import DeviceReport, one_line, shown
+from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
-from rankfit.strategies import messages
 from rankfit.tasks.metrics import DEFAULT
 
 Metrics = Mapping[str, int | float]
@@ -40,12 +57,23 @@ Metrics = Mapping[str, int | float]
 #: Largest number in an update, and in what is merged of updates (whose factors are those of
 #: products): far above any that training gives, and its squares and products stay in float32.
 LARGEST_VALUE, LARGEST_MERGED = 1e5, 1e9
-#: Most samples that are believed of one client, and most nodes that share a data set.
-MOST_SAMPLES, MOST_PARTITIONS = 10**12, 10**6
-#: Groups of examples (tasks of a suite) that one client's evaluation may name.
-MOST_GROUPS = 256
 #: Characters of a reason, and of a name in it.
 _REASON, _NAME = 300, 120
+
+#: Characters of a client's reason that are read.
+_READ = 4000
+#: Flower's error codes; 3, 4 and 5 are written by the SuperLink on the client's behalf.
+_ERRORS = {
+    0: "unknown error, or its process died",
+    1: "its app could not be loaded",
+    2: "it raised an error",
+    3: "the message expired before it was fetched",
+    4: "its reply never came",
+    5: "its node is gone",
+    6: "a mod refused the message",
+    7: "its app bundle is invalid",
+    8: "its process died",
+}
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -67,52 +95,12 @@ class Refused(ValueError):
         self.kind = kind
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A number that clients may send: whole or not, and its range."""
-
-    whole: bool
-    least: float
-    most: float
-
-    def read(self, name: str, value: object) -> int | float:
-        """The number, or a refusal."""
-        right = not isinstance(value, bool) and isinstance(value, int | float)
-        if not right or not self.least <= value <= self.most:  # type: ignore[operator]
-            raise Refused(
-                "bad figure",
-                f"{name} is {shown(value)}; expected {self.least:g} to {self.most:g}",
-            )
-        if self.whole and value != int(value):  # type: ignore[call-overload]
-            raise Refused("bad figure", f"{name} is {shown(value)}; expected a whole number")
-        return int(value) if self.whole else float(value)  # type: ignore[call-overload,arg-type]
-
-
-#: Figures of a training, by name; any other is left out. ``score.MODULE`` is read beside them.
-TRAINING: Mapping[str, Figure] = {
-    "num-examples": Figure(True, 1, MOST_SAMPLES),
-    "train-loss": Figure(False, -1e30, 1e30),
-    "steps": Figure(True, 0, 10**9),
-    "learning-rate": Figure(False, 0, 1e6),
-    "peak-memory-bytes": Figure(True, 0, 2**50),
-    "train-seconds": Figure(False, 0, 1e8),
-    "out-of-memory": Figure(True, 0, 64),
-    "micro-batch": Figure(True, 1, 10**6),
-    "rank-cap": Figure(True, 1, 10**6),
-    "pruned": Figure(True, 0, 1),
-}
-SCORE, SCORES = "score.", Figure(False, 0, 1e30)
-_SHARE, _SIGNED, _LOSS = Figure(False, 0, 1), Figure(False, -1, 1), Figure(False, 0, 1e30)
-#: Ranges of an evaluation's figures.
-EVALUATION: Mapping[str, Figure] = {
-    **dict.fromkeys((*CLASS_METRICS, "low", "high"), _SHARE),
-    **dict.fromkeys((*NUMBER_METRICS, "mcc"), _SIGNED),
-    **dict.fromkeys(("mse", "loss"), _LOSS),
-    "num-examples": Figure(True, 1, MOST_SAMPLES),
-}
-#: Figures of a group of examples.
-_OF_GROUP = {"accuracy": _SHARE, "low": _SHARE, "high": _SHARE}
-_OF_GROUP["examples"] = Figure(True, 1, MOST_SAMPLES)
+def _figure(name: str, value: object, bounds: Bounds) -> int | float:
+    """A number within its bounds, or a refusal."""
+    try:
+        return bounds.read(name, value)
+    except OutOfRange as error:
+        raise Refused("bad figure", str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -170,11 +158,25 @@ def total(read: Callable[_P, _T]) -> Callable[_P, _T]:
     return guarded
 
 
+def failure(reply: Message) -> str:
+    """Say why a reply carries an error, in words that are the server's own."""
+    found = fault(reply)
+    if found is not None:
+        return found.sentence()
+    # What else stands there may come from anyone, and hold anything: it is not shown.
+    return _ERRORS.get(reply.error.code, f"error {reply.error.code}")
+
+
+def fault(reply: Message) -> Fault | None:
+    """The fault that a reply with an error names; None if it names none of RankFit's."""
+    return Fault.read((reply.error.reason or "")[:_READ])
+
+
 def read_failure(reply: Message) -> Failure:
     """Why a reply carries an error; its text is cleaned and cut."""
     try:
-        found = messages.fault(reply)
-        text = messages.failure(reply)
+        found = fault(reply)
+        text = failure(reply)
     except Exception as error:  # noqa: BLE001 - see total
         found, text = None, f"an error that cannot be read ({type(error).__name__})"
     # Not even its smallest fall-back fitted.
@@ -185,11 +187,11 @@ def read_failure(reply: Message) -> Failure:
 
 @total
 def read_report(reply: Message) -> DeviceReport:
-    """The device report in a reply to :data:`rankfit.strategies.messages.QUERY`."""
+    """The device report in a reply to :data:`rankfit.configs.protocol.QUERY`."""
     if reply.has_error():
         failure = read_failure(reply)
         raise Refused(failure.kind, failure.reason)
-    record = reply.content.config_records.get("device")
+    record = reply.content.config_records.get(DEVICE)
     if record is None:
         raise Refused("bad report", "the reply to the query holds no device report")
     try:
@@ -202,23 +204,25 @@ def keeps_worker(reply: Message) -> bool:
     """Whether the client that sent this reply to the query keeps a process for more."""
     if reply.has_error():
         return False
-    record = reply.content.config_records.get("client", ConfigRecord())
-    return record.get("worker", False) is True
+    return _client_state(reply).worker
 
 
 def partitions(reply: Message) -> int:
     """Nodes that the sender of this reply to the query shares a data set with; 0 = none."""
     if reply.has_error():
         return 0
-    found = reply.content.config_records.get("client", ConfigRecord()).get("partitions", 0)
-    return found if type(found) is int and 0 < found <= MOST_PARTITIONS else 0
+    return _client_state(reply).partitions
+
+
+def _client_state(reply: Message) -> ClientState:
+    return ClientState.from_dict(reply.content.config_records.get(CLIENT, ConfigRecord()))
 
 
 def upload_bytes(reply: Message) -> int:
     """Bytes of the numbers in the arrays of a reply, as they came."""
     if reply.has_error():
         return 0
-    record = reply.content.array_records.get("adapter", ArrayRecord())
+    record = reply.content.array_records.get(ADAPTER, ArrayRecord())
     return sum(payload_bytes(array.data) for array in record.values())
 
 
@@ -237,26 +241,26 @@ def read_metrics(reply: Message, assignment: Assignment, round_: int, run: str) 
     if reply.metadata.src_node_id != assignment.node_id:
         raise Refused("wrong node", f"it came from node {shown(reply.metadata.src_node_id)}")
     _check_origin(reply, round_, run)
-    record = reply.content.metric_records.get("metrics", MetricRecord())
+    record = reply.content.metric_records.get(METRICS, MetricRecord())
     plan, found = assignment.plan, dict[str, int | float]()
-    loss = record.get("train-loss")
-    for name, figure in TRAINING.items():
-        if name not in record or (name == "train-loss" and not _finite(loss)):
+    loss = record.get(Metric.TRAIN_LOSS)
+    for name, bounds in TRAINING.items():
+        if name not in record or (name == Metric.TRAIN_LOSS and not _finite(loss)):
             continue
-        found[name] = figure.read(name, record[name])
-    if "num-examples" not in found:
+        found[name] = _figure(name, record[name], bounds)
+    if Metric.NUM_EXAMPLES not in found:
         raise Refused("bad figure", "num-examples is 0; expected at least 1")
-    for name, most in (("rank-cap", plan.rank), ("micro-batch", plan.micro_batch)):
+    for name, most in ((Metric.RANK_CAP, plan.rank), (Metric.MICRO_BATCH, plan.micro_batch)):
         if found.get(name, 0) > most:
             raise Refused("bad figure", f"{name} is {found[name]}; the plan has {most}")
-    pruned, lost = found.get("pruned", 0), found.get("out-of-memory", 0)
-    if pruned and ("prune" not in plan.extras or "rank-cap" not in found):
+    pruned, lost = found.get(Metric.PRUNED, 0), found.get(Metric.OUT_OF_MEMORY, 0)
+    if pruned and ("prune" not in plan.extras or Metric.RANK_CAP not in found):
         raise Refused("bad figure", "it pruned its rank, unasked or without a rank-cap")
-    if "rank-cap" in found and not (pruned or lost):
+    if Metric.RANK_CAP in found and not (pruned or lost):
         raise Refused("bad figure", "rank-cap without having pruned or run out of memory")
     if "scores" in plan.extras:
-        scores = {f"{SCORE}{module}" for module in assignment.given.factors}
-        found |= {n: SCORES.read(n, record[n]) for n in sorted(scores & set(record))}
+        scores = {f"{Metric.SCORE}{module}" for module in assignment.given.factors}
+        found |= {n: _figure(n, record[n], SCORES) for n in sorted(scores & set(record))}
     return found
 
 
@@ -269,7 +273,7 @@ def read_update(
     A client that ran out of memory may have lowered its rank; it says so in ``rank-cap``, and its
     factors are then those of the first ``rank-cap`` directions.
     """
-    record = reply.content.array_records.get("adapter", ArrayRecord())
+    record = reply.content.array_records.get(ADAPTER, ArrayRecord())
     given = _given(assignment, metrics)
     expected = given.moving(assignment.plan.moves)
     try:
@@ -288,7 +292,7 @@ def read_update(
     indices = {
         m: assignment.indices[m][:r] for m, r in given.ranks.items() if m in assignment.indices
     }
-    return Update(given, trained, float(metrics["num-examples"]), indices)
+    return Update(given, trained, float(metrics[Metric.NUM_EXAMPLES]), indices)
 
 
 @total
@@ -303,28 +307,28 @@ def read_evaluation(reply: Message, settings: RunSettings, most_tests: int = 0) 
     if reply.has_error():
         failure = read_failure(reply)
         raise Refused(failure.kind, failure.reason)
-    record = reply.content.metric_records.get("metrics", MetricRecord())
-    wanted = {"num-examples", *expected_figures(settings)}
+    record = reply.content.metric_records.get(METRICS, MetricRecord())
+    wanted = {Metric.NUM_EXAMPLES, *expected_figures(settings)}
     missing = sorted(wanted - set(record))
     if missing:
         raise Refused("bad figure", f"the evaluation lacks {missing[0]}")
-    found = {name: EVALUATION[name].read(name, record[name]) for name in sorted(wanted)}
-    if most_tests and found["num-examples"] > most_tests:
+    found = {name: _figure(name, record[name], EVALUATION[name]) for name in sorted(wanted)}
+    if most_tests and found[Metric.NUM_EXAMPLES] > most_tests:
         raise Refused("bad figure", f"{found['num-examples']} examples; there are {most_tests}")
     if settings.task.kind == "causal-lm" and "accuracy" in wanted:
-        found |= _groups(record, int(found["num-examples"]))
+        found |= _groups(record, int(found[Metric.NUM_EXAMPLES]))
     return found
 
 
 def at_most(metrics: Metrics, examples: float) -> Metrics:
     """An evaluation that counts as of so many examples at most, in all its groups alike."""
-    ratio = examples / metrics["num-examples"]
+    ratio = examples / metrics[Metric.NUM_EXAMPLES]
     if ratio >= 1:
         return metrics
     fewer = {
         name: max(1, int(value * ratio))
         for name, value in metrics.items()
-        if name == "num-examples" or name.endswith(".examples")
+        if name == Metric.NUM_EXAMPLES or name.endswith(Metric.GROUP_EXAMPLES)
     }
     return {**metrics, **fewer}
 
@@ -341,24 +345,26 @@ def expected_figures(settings: RunSettings) -> tuple[str, ...]:
 def _groups(record: Mapping[str, object], examples: int) -> dict[str, int | float]:
     """Figures of groups of examples, each of them whole; together of no more than all examples."""
     found: dict[str, int | float] = {}
-    groups = sorted({name.rpartition(".")[0] for name in record if name.endswith(".examples")})
+    groups = sorted(
+        {name.rpartition(".")[0] for name in record if name.endswith(Metric.GROUP_EXAMPLES)}
+    )
     if len(groups) > MOST_GROUPS:
         raise Refused("bad figure", f"{len(groups)} groups of examples; expected {MOST_GROUPS}")
     for group in groups:
         if not group or one_line(group, 64) != group:
             raise Refused("bad figure", f"group {shown(group)} has no plain name")
-        for part, figure in _OF_GROUP.items():
+        for part, bounds in OF_GROUP.items():
             name = f"{group}.{part}"
             if name not in record:
                 raise Refused("bad figure", f"the evaluation lacks {name}")
-            found[name] = figure.read(name, record[name])
-    if sum(int(found[f"{group}.examples"]) for group in groups) > examples:
+            found[name] = _figure(name, record[name], bounds)
+    if sum(int(found[f"{group}{Metric.GROUP_EXAMPLES}"]) for group in groups) > examples:
         raise Refused("bad figure", "its groups have more examples than the evaluation")
     return found
 
 
 def _check_origin(reply: Message, round_: int, run: str) -> None:
-    origin = reply.content.config_records.get("update")
+    origin = reply.content.config_records.get(ORIGIN)
     if origin is None:
         raise Refused("wrong round", "the reply does not say which round and run it is of")
     if origin.get("round") != round_ or origin.get("run") != run:
@@ -371,9 +377,9 @@ def _check_origin(reply: Message, round_: int, run: str) -> None:
 
 def _given(assignment: Assignment, metrics: Metrics) -> Adapter:
     """The start that the reply's shapes refer to, with the rank that the client fell back to."""
-    if "rank-cap" not in metrics:
+    if Metric.RANK_CAP not in metrics:
         return assignment.given
-    cap = int(metrics["rank-cap"])
+    cap = int(metrics[Metric.RANK_CAP])
     ranks = {module: min(rank, cap) for module, rank in assignment.given.ranks.items()}
     return assignment.given.cut(ranks)
 

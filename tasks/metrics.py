@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rankfit.configs.protocol import Metric
+
 #: Of a classifier, unless ``task.metrics`` names others.
 DEFAULT = ("accuracy", "macro-f1", "micro-f1")
 
@@ -191,20 +193,25 @@ def pooled(replies: Iterable[Mapping[str, int | float]]) -> dict[str, float]:
     Accuracies of groups are added up by group, and intervals are those of all examples; any other
     metric that all clients have is its mean weighted by ``num-examples``.
     """
-    usable = [metrics for metrics in replies if metrics.get("num-examples", 0) > 0]
+    usable = [metrics for metrics in replies if metrics.get(Metric.NUM_EXAMPLES, 0) > 0]
     if not usable:
         return {}
-    total = sum(float(metrics["num-examples"]) for metrics in usable)
-    keys = set.intersection(*(set(metrics) for metrics in usable)) - {"num-examples"}
+    total = sum(float(metrics[Metric.NUM_EXAMPLES]) for metrics in usable)
+    keys = set.intersection(*(set(metrics) for metrics in usable)) - {Metric.NUM_EXAMPLES}
     mean = {
-        key: sum(float(m[key]) * float(m["num-examples"]) for m in usable) / total
+        key: sum(float(m[key]) * float(m[Metric.NUM_EXAMPLES]) for m in usable) / total
         for key in sorted(keys)
     }
-    groups = {key.rpartition(".")[0] for m in usable for key in m if key.endswith(".examples")}
+    groups = {
+        key.rpartition(".")[0] for m in usable for key in m if key.endswith(Metric.GROUP_EXAMPLES)
+    }
     if groups:
-        parts = {group: _part(usable, f"{group}.accuracy", f"{group}.examples") for group in groups}
+        parts = {
+            group: _part(usable, f"{group}.accuracy", f"{group}{Metric.GROUP_EXAMPLES}")
+            for group in groups
+        }
     elif {"accuracy", "low", "high"} <= keys:
-        parts = {"": _part(usable, "accuracy", "num-examples")}
+        parts = {"": _part(usable, "accuracy", Metric.NUM_EXAMPLES)}
     else:
         return mean
     return mean | _figures(parts, several=bool(groups))
@@ -227,6 +234,6 @@ def _figures(parts: Mapping[str, Part], *, several: bool) -> dict[str, float]:
             f"{group}.accuracy": right / total,
             f"{group}.low": ends[0],
             f"{group}.high": ends[1],
-            f"{group}.examples": total,
+            f"{group}{Metric.GROUP_EXAMPLES}": total,
         }
     return figures

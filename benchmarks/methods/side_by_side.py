@@ -35,6 +35,7 @@ from rankfit.client.regularizers import (
 )
 from rankfit.client.trainer import kept_moments, recall
 from rankfit.client.workspace import Workspace
+from rankfit.configs import protocol
 from rankfit.configs.settings import ConfigError, RunSettings, derive, learning_rate, to_flat
 from rankfit.estimator.plan import Plan
 from rankfit.server.in_process import InProcessGrid
@@ -141,7 +142,7 @@ class SideBySideGrid(InProcessGrid):
 
 
 def _trains(message: Message) -> bool:
-    return message.metadata.message_type == messages.TRAIN
+    return message.metadata.message_type == protocol.TRAIN
 
 
 class SideBySide:

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from rankfit.cli.main import app as command
 from rankfit.client.app import app as client_app
 from rankfit.client.policy import OWNER, Policy, PolicyError, everything
+from rankfit.configs import protocol
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings, from_flat, to_flat
 from rankfit.server.in_process import InProcessGrid
-from rankfit.strategies import messages
+from rankfit.strategies import replies
 from rankfit.strategies.replies import read_report
 from rankfit.tasks.data import DataError, read_data
 
@@ -31,7 +32,7 @@ def refusals(policy: Policy, settings: RunSettings, data_path: str | None = None
 
 def ask(node: Node, settings: RunSettings) -> Message:
     InProcessGrid(client_app, {}, [])  # messages are made within a run
-    message = Message(RecordDict(), 5, messages.QUERY)
+    message = Message(RecordDict(), 5, protocol.QUERY)
     return client_app(message, Context(1, 5, node, RecordDict(), to_flat(settings)))
 
 
@@ -39,7 +40,7 @@ def code(node: Node, settings: RunSettings) -> str:
     reply = ask(node, settings)
     if not reply.has_error():
         return ""
-    fault = messages.fault(reply)
+    fault = replies.fault(reply)
     assert fault is not None
     return fault.code
 

@@ -16,6 +16,7 @@ from rankfit.adapters.wire import encode
 from rankfit.client.worker_protocol import Request
 from rankfit.client.worker_registry import Order, Place, Watched, places, stop
 from rankfit.configs.compose import compose
+from rankfit.configs.protocol import Instruction
 from rankfit.configs.settings import RunSettings
 from rankfit.estimator.plan import Plan
 from rankfit.tasks.base_model import fingerprint, head_modules, load_base, target_modules
@@ -70,17 +71,17 @@ def train(rank: int = 4, number: int = 1, partition: int = 0) -> Request:
     adapter, base = start()
     plan = Plan(dict.fromkeys(adapter.ranks, rank), "both", 32, 1, False, 0, 0, "cap")
     given = adapter.cut(plan.ranks)
-    record = {"round": number, "scale": adapter.scale, "fingerprint": base}
-    record |= {"run": "one", "client": f"partition-{partition}"} | plan.to_dict()
-    return Request("train", record, encode(given.state_dict(), "float32"), partition, 2)
+    asked = Instruction(
+        number, "one", f"partition-{partition}", adapter.scale, base, "fp32", plan.to_dict()
+    )
+    return Request("train", asked, encode(given.state_dict(), "float32"), partition, 2)
 
 
 def evaluate(partition: int = 0) -> Request:
     """What the server sends to have the global adapter measured."""
     adapter, base = start()
-    record = {"round": 1, "scale": adapter.scale, "fingerprint": base, "run": "one"}
-    record |= {"precision": "fp32"}
-    return Request("evaluate", record, encode(adapter.state_dict(), "float32"), partition, 2)
+    asked = Instruction(1, "one", f"partition-{partition}", adapter.scale, base, "fp32")
+    return Request("evaluate", asked, encode(adapter.state_dict(), "float32"), partition, 2)
 
 
 def the_place() -> Place:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,9 @@ def test_two_messages_at_once_are_served_in_order(device: Node) -> None:
 def test_a_failed_message_costs_itself_and_names_the_log(device: Node) -> None:
     order = device.order()
     wrong = train()
-    wrong = Request("train", {**wrong.plan, "fingerprint": "0" * 64}, wrong.arrays, 0, 2)
+    assert wrong.instruction is not None
+    other = replace(wrong.instruction, fingerprint="0" * 64)
+    wrong = Request("train", other, wrong.arrays, 0, 2)
     with pytest.raises(messenger.WorkerError, match="WrongBase: .*worker's log: ") as caught:
         messenger.ask(order, wrong)
     process = process_of(the_place())

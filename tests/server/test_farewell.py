@@ -6,11 +6,12 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from rankfit.client.app import app as client_app
+from rankfit.configs import protocol
 from rankfit.configs.faults import Fault
 from rankfit.configs.settings import RunSettings, to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import federate
-from rankfit.strategies import fleet, messages
+from rankfit.strategies import fleet
 from rankfit.strategies.fleet import FleetError
 from tests.server.federation import Clock, settings_for
 
@@ -25,7 +26,7 @@ class Fleet(InProcessGrid):
 
         def handle(message: Message, context: Context) -> Message:
             position = int(context.node_config["partition-id"])
-            if message.metadata.message_type == messages.FINISH:
+            if message.metadata.message_type == protocol.FINISH:
                 self.told.append(position)
                 if not answers:
                     return Message(
@@ -34,7 +35,7 @@ class Fleet(InProcessGrid):
                     )
                 return Message(RecordDict(), reply_to=message)
             reply = client_app(message, context)
-            if message.metadata.message_type == messages.QUERY:
+            if message.metadata.message_type == protocol.QUERY:
                 reply.content["client"] = ConfigRecord({"worker": position in WORKERS})
             return reply
 

@@ -108,7 +108,7 @@ def test_kill_at_a_hundred_instants_loses_no_finished_round(tmp_path: Path) -> N
     directory = begun(tmp_path)
     began = time.monotonic()
     write_round(directory, 1)
-    took = time.monotonic() - began  # however slow the machine is
+    span = 2 * (time.monotonic() - began)
     directory.close()
     done, draw = 1, random.Random(1)
     resumed(tmp_path)  # composed once, for all processes
@@ -126,10 +126,12 @@ def test_kill_at_a_hundred_instants_loses_no_finished_round(tmp_path: Path) -> N
     for _ in range(100):
         process, end = in_a_process(write)
         first = os.read(end, 2**16)  # it has begun to write
-        time.sleep(draw.uniform(0.0, 2 * took))
+        time.sleep(draw.uniform(0.0, span))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        done = check_goes_on(tmp_path, last_line(end, done, first))
+        before, done = done, check_goes_on(tmp_path, last_line(end, done, first))
+        # Instants within the writing of a round or two, however slow and busy the machine is.
+        span *= 0.8 if done > before + 1 else 1.25 if done == before else 1.0
     assert done > 20 and SavedRun.open(tmp_path / "r").round == done
 
 

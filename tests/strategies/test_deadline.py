@@ -4,7 +4,7 @@ import pytest
 
 from rankfit.configs.settings import ConfigError
 from rankfit.strategies.planner import Planner
-from rankfit.strategies.strategy import spent
+from rankfit.strategies.training_round import spent
 from tests.strategies.test_planning import fleet, planner, run_settings
 
 DEADLINE = {"plan.deadline-seconds": 10.0, "plan.upload-seconds": 0.0}

@@ -83,8 +83,6 @@ def test_a_name_belongs_to_the_node_that_used_it_first(caplog: pytest.LogCapture
 def test_names_are_bound_where_a_superlink_started_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from rankfit.strategies.strategy import Selection
-
     grid = Nodes(["berlin", "berlin"])
     grid.present = [0, 1]
     for program, setting, count in (
@@ -92,7 +90,6 @@ def test_names_are_bound_where_a_superlink_started_the_server(
         ("flwr-serverapp", "off", 2), ("pytest", "on", 1),
     ):  # fmt: skip
         monkeypatch.setattr("sys.argv", [f"/bin/{program}"])
-        planner: Any = None
-        selection = Selection(from_flat({"server.bind-names": setting}), planner)
-        selection.fleet.refresh(grid, 1)
-        assert len(selection.fleet.devices) == count, (program, setting)
+        fleet = Fleet.of(from_flat({"server.bind-names": setting}))
+        fleet.refresh(grid, 1)
+        assert len(fleet.devices) == count, (program, setting)

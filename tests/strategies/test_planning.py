@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 
-from rankfit.adapters.names import Moves
 from rankfit.adapters.rates import Rates
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.estimator.device_report import DeviceReport
@@ -40,10 +39,11 @@ def run_settings(**flat: object) -> RunSettings:
 
 
 def planner(settings: RunSettings) -> Planner:
-    def estimator(planned: RunSettings, phases: tuple[Moves, ...]) -> Estimator:
-        return Estimator.for_run(planned, vit_config(), images(16), phases=phases, traces=traces())
-
-    return Planner(settings, configured(find(settings.method.name), settings), estimator)
+    method = configured(find(settings.method.name), settings)
+    estimator = Estimator.for_run(
+        settings, vit_config(), images(16), whole_head=method.rates.whole_head, traces=traces()
+    )
+    return Planner(settings, method, estimator)
 
 
 def fleet(**changes: tuple[float, float, float]) -> dict[str, DeviceReport]:
