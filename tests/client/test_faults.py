@@ -18,7 +18,7 @@ from rankfit.configs.faults import SENTENCES, Fault, Faulty, fault_of
 from rankfit.configs.settings import RunSettings, to_flat
 from rankfit.server.in_process import InProcessGrid
 from rankfit.server.loop import federate
-from rankfit.strategies import messages
+from rankfit.strategies import replies
 
 #: In texts, labels, columns and the names of files and folders of every client.
 MARK = "zebra-1987-05-03"
@@ -196,7 +196,7 @@ def test_no_text_of_a_client_is_written_or_shown_by_the_server(
     told = {
         name: fault.code
         for name, _, reply in grid.replies
-        if reply.has_error() and (fault := messages.fault(reply)) is not None
+        if reply.has_error() and (fault := replies.fault(reply)) is not None
     }
     expected = {name: code for name, (_, code) in DATA.items() if code}
     expected |= {name: name for name in CONFIGS}
@@ -204,7 +204,7 @@ def test_no_text_of_a_client_is_written_or_shown_by_the_server(
     assert told == expected
     for name, kind, reply in grid.replies:
         assert MARK not in everything_in(reply), (name, kind)
-        assert not reply.has_error() or messages.fault(reply) is not None
+        assert not reply.has_error() or replies.fault(reply) is not None
     shown = "\n".join([*lines, *capsys.readouterr()])
     assert MARK not in shown
     files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
@@ -230,7 +230,7 @@ def test_a_node_can_let_its_texts_out(tmp_path: Path) -> None:
     InProcessGrid(client_app, {}, [])  # messages are made within a run
     message = Message(RecordDict(), 2, "evaluate")
     reply = client_app(message, context)
-    assert messages.fault(reply) == Fault("unexpected", kind="KeyError", text="'plan'")
+    assert replies.fault(reply) == Fault("unexpected", kind="KeyError", text="'plan'")
 
 
 def test_the_names_of_figures_hold_no_labels_of_a_node_but_those_of_the_run(
@@ -284,7 +284,7 @@ def test_only_faults_of_the_list_are_read() -> None:
         assert "\x1b" not in Fault(code, text="\x1b[31m").sentence()
     assert fault_of(Faulty("x", fault="data-label", row=7)).written().endswith("text=x")
     reply = Message(Error(2, f"<class 'ValueError'>:<'{MARK}'>"), reply_to=_sent())
-    assert messages.failure(reply) == "it raised an error"
+    assert replies.failure(reply) == "it raised an error"
 
 
 def _sent() -> Message:
