@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from rankfit.adapters.adapter import Adapter, Factors, random_rows
-from rankfit.adapters.merge import AverageFactors, Merge, Update, scatter, zeros_like
-from rankfit.adapters.product_sum import START_ROW_NORM, ProductSum, refactor
+from rankfit.adapters.merge import (
+    START_ROW_NORM,
+    AverageFactors,
+    Merge,
+    ProductSum,
+    Update,
+    refactor,
+    scatter,
+    zeros_like,
+)
 
 #: Strength ‖b‖·‖a‖ from which the row of a direction is damped: that of a direction whose factors
 #: are both as long as a fresh row.
@@ -199,7 +207,7 @@ class Refactored(Merge):
     """Another merge, then each product balanced: B = U√S, A = √S·Vᵀ (HRALoRA, CCGrid 2026).
 
     The product is untouched and its directions are ordered, so that a low-rank client gets the
-    strongest. See :func:`rankfit.adapters.product_sum.refactor` for weak and dead directions.
+    strongest. See :func:`rankfit.adapters.merge.refactor` for weak and dead directions.
     """
 
     aligned = False

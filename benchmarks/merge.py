@@ -37,9 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import machine, write_record  # noqa: E402
 from rankfit.adapters.adapter import Adapter, Factors  # noqa: E402
 from rankfit.adapters.lowrank import Spectrum  # noqa: E402
-from rankfit.adapters.merge import PaddedChange, Update  # noqa: E402
+from rankfit.adapters.merge import (  # noqa: E402
+    PaddedChange,
+    ProductSum,  # noqa: E402
+    Update,
+)
 from rankfit.adapters.product_merges import Refactored  # noqa: E402
-from rankfit.adapters.product_sum import ProductSum  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64)
 RANK = 64

@@ -25,7 +25,7 @@ from rankfit.adapters.wire import WireType  # noqa: E402
 from rankfit.cli.compare import over_ray  # noqa: E402
 from rankfit.configs.compose import compose  # noqa: E402
 from rankfit.configs.settings import RunSettings  # noqa: E402
-from rankfit.estimator.network import Payload  # noqa: E402
+from rankfit.estimator.round_time import Payload  # noqa: E402
 from rankfit.strategies.methods import methods  # noqa: E402
 from rankfit.tasks.base_model import load_base, shared_heads, target_modules  # noqa: E402
 

@@ -14,11 +14,10 @@ from rich.text import Text
 
 from rankfit import __version__
 from rankfit.cli import api, estimate, node
-from rankfit.cli.calibrate import calibrate
 from rankfit.cli.checkpoints import evaluate, export, generate
 from rankfit.cli.compare import compare
 from rankfit.cli.flower import FlowerError, Interrupted
-from rankfit.cli.memory_report import memory_report
+from rankfit.cli.memory import calibrate, memory_report
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError
 from rankfit.tasks.model_sources import ModelError

@@ -17,7 +17,7 @@ from rankfit.tasks.model_sources import read_config_file, resolve_source
 from rankfit.tasks.records import DataError
 
 if TYPE_CHECKING:
-    from rankfit.strategies.method import Method
+    from rankfit.strategies.methods import Method
     from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,7 @@ def _check_size(settings: RunSettings) -> None:
 
 
 def _check_method(settings: RunSettings) -> "Method":
-    from rankfit.strategies.method import configured
-    from rankfit.strategies.methods import find
+    from rankfit.strategies.methods import configured, find
 
     return configured(find(settings.method.name), settings)
 

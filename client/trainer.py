@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rankfit.adapters.adapter import Adapter
-from rankfit.adapters.rates import WHOLE, Rates
+from rankfit.adapters.names import WHOLE, Rates
 from rankfit.client.memory_meter import meter_of
 from rankfit.client.policy import NotAllowed
 from rankfit.client.regularizers import (
@@ -32,11 +32,11 @@ from rankfit.configs.settings import RunSettings, derive, learning_rate
 from rankfit.estimator.plan import Plan
 from rankfit.tasks.base_model import DTYPES, eject, inject
 from rankfit.tasks.data import DataError
-from rankfit.tasks.fisher import fisher_scores
 from rankfit.tasks.lora import (
     TAIL,
     checkpointing,
     chunks,
+    fisher_scores,
     free_cache,
     head_tensors,
     learnt,

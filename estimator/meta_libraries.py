@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from rankfit.adapters.rates import WHOLE
+from rankfit.adapters.names import WHOLE
 from rankfit.estimator.step_spec import StepSpec
 from rankfit.tasks.optimizers import build_optimizer
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rankfit.adapters.names import Moves
-from rankfit.adapters.rates import Rates
+from rankfit.adapters.names import Moves, Rates
 
 #: What a client does beside plain training: ``prune`` its own rank (HetLoRA), measure ``scores``.
 Extra = Literal["prune", "scores"]

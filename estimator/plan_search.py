@@ -13,12 +13,11 @@ from rankfit.estimator.calibration import Calibration, Profile
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.memory import Footprint, tail_ranks
 from rankfit.estimator.meta_kernels import kernel_family
-from rankfit.estimator.network import Payload
 from rankfit.estimator.plan import Binding, Plan
+from rankfit.estimator.round_time import Pace, Payload, Work, even_rank, work_of
 from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical, inputs_of
 from rankfit.estimator.trace import Breakdown, Ranks
 from rankfit.estimator.tracer import TraceCache
-from rankfit.estimator.training_time import Pace, Work, even_rank, work_of
 from rankfit.tasks import base_model as models
 from rankfit.tasks.kronecker import wrap
 
@@ -310,7 +309,7 @@ class Estimator:
             Batch of the task for one sample, labels included (see :func:`inputs_of`).
         whole_head : bool
             Whether Adam keeps one second moment for each tensor of the head, as the method's rates
-            say (:class:`rankfit.adapters.rates.Rates`).
+            say (:class:`rankfit.adapters.names.Rates`).
         kind : str, optional
             Kind of model, where there is no task for it yet (default: the run's task).
 

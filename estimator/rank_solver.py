@@ -10,7 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from rankfit.adapters.names import Moves
 from rankfit.estimator.memory import Footprint
-from rankfit.estimator.network import Payload, link_bytes
+from rankfit.estimator.round_time import Payload, link_bytes
 
 #: Worth of the units of rank of one module: one number for all, or one for each from the first on.
 Worth = float | Sequence[float]

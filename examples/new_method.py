@@ -15,8 +15,7 @@ from rankfit.adapters.merge import PaddedChange
 from rankfit.cli.compare import here
 from rankfit.configs.compose import compose
 from rankfit.strategies.allocation import OwnRank
-from rankfit.strategies.method import Method, WarmUp, only_b
-from rankfit.strategies.methods import methods
+from rankfit.strategies.methods import Method, WarmUp, methods, only_b
 
 SETTLED_A = Method(
     name="settled-a",

@@ -24,8 +24,7 @@ from rankfit.server.evaluation import Evaluator, Importance
 from rankfit.server.reporting import Holdings, console, write_report
 from rankfit.server.run_directory import Checkpoint, RunDirectory
 from rankfit.strategies.fleet import exchange, in_order
-from rankfit.strategies.method import configured
-from rankfit.strategies.methods import find
+from rankfit.strategies.methods import configured, find
 from rankfit.strategies.planner import Planner
 from rankfit.strategies.strategy import HeterogeneousLora
 from rankfit.strategies.training_round import Outcome, summarise

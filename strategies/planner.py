@@ -13,9 +13,9 @@ from rankfit.estimator.calibration import Corrections
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, NothingFits
-from rankfit.estimator.training_time import Pace
+from rankfit.estimator.round_time import Pace
 from rankfit.strategies.allocation import Budget, Choice
-from rankfit.strategies.method import Method
+from rankfit.strategies.methods import Method
 
 
 class ScoreBook:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from rankfit.adapters.adapter import Adapter, Factors
-from rankfit.adapters.merge import Merge
+from rankfit.adapters.merge import Merge, ProductSum, refactor
 from rankfit.adapters.product_merges import fold, join
-from rankfit.adapters.product_sum import ProductSum, refactor
 from rankfit.configs.settings import ConfigError, RunSettings, Server, derive
 
 Tensors = dict[str, Tensor]

@@ -30,7 +30,7 @@ from rankfit.estimator.plan import Plan
 from rankfit.strategies import messages
 from rankfit.strategies.diagnostics import Diagnosis
 from rankfit.strategies.fleet import Fleet, round_seed, sample, sample_by_weight
-from rankfit.strategies.method import Method
+from rankfit.strategies.methods import Method
 from rankfit.strategies.planner import Planner
 from rankfit.strategies.replies import (
     LARGEST_MERGED,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankfit.adapters.rates import WHOLE
+from rankfit.adapters.names import WHOLE
 from rankfit.configs.learning import TORCH_ADAMW
 from rankfit.configs.settings import ConfigError
 

@@ -25,11 +25,10 @@ from torch import Tensor
 from benchmarks.machine import write_record
 from rankfit.adapters.adapter import Adapter, Factors, initial
 from rankfit.adapters.merge import Update
-from rankfit.adapters.rates import Rates
+from rankfit.adapters.names import Rates
 from rankfit.configs.settings import RunSettings, from_flat
 from rankfit.estimator.plan import Plan
-from rankfit.strategies.method import Method
-from rankfit.strategies.methods import find
+from rankfit.strategies.methods import Method, find
 from rankfit.strategies.server_update import Advance
 
 WIDTH, TRUE_RANK, RANK = 64, 12, 16

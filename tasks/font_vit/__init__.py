@@ -48,13 +48,13 @@ def load(path: Path = WEIGHTS) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, KeyError, TypeError, ValueError, binascii.Error) as error:
         raise WeightsError(
             f"{path}: not a readable weights file ({error!r}); expected JSON with config, "
-            "safetensors and sha256; restore it, or run python -m rankfit.tasks.font_vit.pretrain"
+            "safetensors and sha256; restore it, or run python -m scripts.font_vit.pretrain"
         ) from error
     found = hashlib.sha256(payload).hexdigest()
     if found != expected:
         raise WeightsError(
             f"{path}: the weights have sha256 {found}, expected {expected}; the file was changed "
-            "or cut short; restore it, or run python -m rankfit.tasks.font_vit.pretrain"
+            "or cut short; restore it, or run python -m scripts.font_vit.pretrain"
         )
     return config, load_safetensors(payload)
 

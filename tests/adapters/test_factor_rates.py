@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rankfit.adapters import names
-from rankfit.adapters.rates import Rates
+from rankfit.adapters.names import Rates
 from rankfit.strategies.methods import methods
 
 RATE, STEP = 0.01, 4.0

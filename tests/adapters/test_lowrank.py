@@ -10,7 +10,7 @@ from rankfit.adapters import lowrank
 from rankfit.adapters import lowrank as krylov
 from rankfit.adapters.adapter import Factors
 from rankfit.adapters.lowrank import Dense, Operator, Spectrum, Stack, exact, iterated, strongest
-from rankfit.adapters.product_sum import ProductSum
+from rankfit.adapters.merge import ProductSum
 from tests.adapters.oracle import best
 
 #: Of the exact routes: distance from the best approximation, relative to it.

@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 
 from rankfit.adapters.adapter import Adapter, Factors
 from rankfit.adapters.merge import (
+    START_ROW_NORM,
     AverageFactors,
     Merge,
     PaddedChange,
+    ProductSum,
     Update,
     ZeroPadded,
     product_norm,
+    refactor,
 )
 from rankfit.adapters.product_merges import MeanChange, MeanProduct
-from rankfit.adapters.product_sum import START_ROW_NORM, ProductSum, refactor
 from tests.adapters.oracle import best
 
 MODULE = "layer.q"

@@ -5,9 +5,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rankfit.cli.estimate import latex, make_estimator, read_fleet
+from rankfit.cli.estimate import (
+    latex,
+    make_estimator,
+    plot,
+    rank_by_link,
+    rank_by_memory,
+    read_fleet,
+)
 from rankfit.cli.main import app
-from rankfit.cli.plots import plot, rank_by_link, rank_by_memory
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import ConfigError
 

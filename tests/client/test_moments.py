@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rankfit.adapters.names import a_name, b_name, head_name
-from rankfit.adapters.rates import Rates
+from rankfit.adapters.names import Rates, a_name, b_name, head_name
 from rankfit.client.trainer import kept_moments, recall
 from rankfit.configs.settings import ConfigError
 from rankfit.server.run_directory import WEIGHTS

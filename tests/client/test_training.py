@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.adapters.adapter import Adapter, initial
-from rankfit.adapters.rates import Rates
+from rankfit.adapters.names import Rates
 from rankfit.client.trainer import Job, train
 from rankfit.client.workspace import Workspace
 from rankfit.configs.settings import from_flat

@@ -5,8 +5,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankfit.estimator.calibration import Calibration
-from rankfit.estimator.network import Payload
 from rankfit.estimator.recording import record
+from rankfit.estimator.round_time import Payload
 from rankfit.estimator.tracer import TraceCache
 from rankfit.tasks import base_model as models
 from rankfit.tasks.targets import weight_shape

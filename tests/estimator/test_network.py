@@ -1,6 +1,6 @@
 import pytest
 
-from rankfit.estimator.network import Payload, rank_bound
+from rankfit.estimator.round_time import Payload, rank_bound
 from rankfit.tasks import base_model as models
 
 from .small import IMAGE, deit_small_config

@@ -17,11 +17,11 @@ from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.depth import solve_deep
 from rankfit.estimator.plan_search import Estimator
 from rankfit.estimator.recording import LiveMemory
+from rankfit.estimator.round_time import work_of
 from rankfit.estimator.step import filled_batch, run_steps
 from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.estimator.trace import solve
 from rankfit.estimator.tracer import TraceCache
-from rankfit.estimator.training_time import work_of
 from rankfit.tasks import base_model as models
 from rankfit.tasks.base_model import quantization
 from rankfit.tasks.lora import train_only

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.memory import Footprint
-from rankfit.estimator.network import Payload
 from rankfit.estimator.rank_solver import Limit, best_ranks, maximise
+from rankfit.estimator.round_time import Payload
 from rankfit.estimator.tracer import TraceCache
 
 from .small import step_spec

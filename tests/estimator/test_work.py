@@ -6,7 +6,7 @@ import pytest
 
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.plan_search import Estimate, Estimator, NothingFits
-from rankfit.estimator.training_time import Pace, Work, _count, even_rank, work_of
+from rankfit.estimator.round_time import Pace, Work, _count, even_rank, work_of
 
 from .architectures import deep_spec
 from .small import device, images, step_spec, vit_config

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from rankfit.client import trainer
 from rankfit.configs.settings import ConfigError
-from rankfit.estimator.network import Payload
+from rankfit.estimator.round_time import Payload
 from rankfit.server.loop import RunFailed
 from rankfit.server.run_directory import RunDirectory
 from rankfit.strategies import fleet

@@ -8,17 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
-from rankfit.strategies.allocation import Choice, OneRank, OnlyFullRank, OwnRank, TopLayersRising
-from rankfit.strategies.layer_allocation import (
+from rankfit.strategies.allocation import (
+    Choice,
     FisherShares,
+    OneRank,
+    OnlyFullRank,
+    OwnRank,
+    TopLayersRising,
     clusters,
     draw_layers,
     heaviest,
     pattern_weights,
     shared_ranks,
 )
-from rankfit.strategies.method import configured
-from rankfit.strategies.methods import find, methods
+from rankfit.strategies.methods import configured, find, methods
 
 LAYERS = 12
 

@@ -5,16 +5,15 @@ from functools import cache
 
 import pytest
 
-from rankfit.adapters.rates import Rates
+from rankfit.adapters.names import Rates
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.estimator.device_report import DeviceReport
-from rankfit.estimator.network import link_bytes
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator
+from rankfit.estimator.round_time import link_bytes
 from rankfit.estimator.tracer import TraceCache
 from rankfit.strategies.allocation import Budget
-from rankfit.strategies.method import configured
-from rankfit.strategies.methods import find, methods
+from rankfit.strategies.methods import configured, find, methods
 from rankfit.strategies.planner import Planner
 from tests.estimator.small import device, images, vit_config
 

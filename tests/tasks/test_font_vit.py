@@ -11,8 +11,8 @@ from sklearn.model_selection import train_test_split
 from transformers import ViTConfig, ViTForImageClassification
 
 from rankfit.tasks.font_vit import WEIGHTS, WeightsError, load, store
-from rankfit.tasks.font_vit.glyphs import CHARACTERS, Glyphs, count_blocks, draw_glyphs, render
-from rankfit.tasks.font_vit.pretrain import (
+from scripts.font_vit.glyphs import CHARACTERS, Glyphs, count_blocks, draw_glyphs, render
+from scripts.font_vit.pretrain import (
     CONFIG,
     accuracy,
     build_model,
@@ -163,7 +163,7 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
 
 
 def test_pretraining_is_deterministic(glyphs: Glyphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "rankfit.tasks.font_vit.pretrain"
+    module = "scripts.font_vit.pretrain"
     monkeypatch.setattr(f"{module}.IMAGES_PER_EPOCH", 256)
     monkeypatch.setattr(f"{module}.VALIDATION_IMAGES", 64)
     threads = torch.get_num_threads()

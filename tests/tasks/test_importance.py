@@ -7,8 +7,7 @@ import torch
 from rankfit.configs.compose import compose
 from rankfit.tasks import load_task
 from rankfit.tasks.base_model import load_base, target_modules
-from rankfit.tasks.fisher import fisher_scores
-from rankfit.tasks.lora import eject, inject
+from rankfit.tasks.lora import eject, fisher_scores, inject
 
 
 def test_scores_are_mean_squares_of_log_probability_gradients_over_all_samples() -> None:

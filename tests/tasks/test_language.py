@@ -14,9 +14,8 @@ from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.tasks import load_task
 from rankfit.tasks.base_model import ModelError, inject, load_base, target_modules
 from rankfit.tasks.data import DataError
-from rankfit.tasks.fisher import fisher_scores
 from rankfit.tasks.generation import log_likelihoods, write
-from rankfit.tasks.lora import learnt
+from rankfit.tasks.lora import fisher_scores, learnt
 from rankfit.tasks.packing import IGNORED
 from rankfit.tasks.prompts import as_passage, segments
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankfit.adapters.rates import WHOLE
+from rankfit.adapters.names import WHOLE
 from rankfit.tasks.optimizers import build_optimizer
 
 RATE, DECAY = 0.01, 0.1

@@ -1,6 +1,6 @@
 """Make ``weights.json``: pretrain the ViT on rendered characters, on one CPU thread.
 
-Run as ``python -m rankfit.tasks.font_vit.pretrain``. The real handwriting of scikit-learn's digits
+Run as ``python -m scripts.font_vit.pretrain``. The real handwriting of scikit-learn's digits
 is never trained on; it is looked at once, at the end, for the report.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from rankfit.tasks.font_vit import WEIGHTS, store
-from rankfit.tasks.font_vit.glyphs import CHARACTERS, MAXIMUM, Glyphs, draw_glyphs, render
+from scripts.font_vit.glyphs import CHARACTERS, MAXIMUM, Glyphs, draw_glyphs, render
 
 logger = logging.getLogger(__name__)
 
