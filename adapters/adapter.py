@@ -80,9 +80,9 @@ class Adapter:
             state[names.b_name(module)] = factors.b
         return state | {names.head_name(name): tensor for name, tensor in self.head.items()}
 
-    def moving(self, moves: names.Moves) -> dict[str, Tensor]:
+    def moving(self, trainable: names.Trainable) -> dict[str, Tensor]:
         """The tensors that a client trains and returns: the factors that move, and the head."""
-        return {n: t for n, t in self.state_dict().items() if names.moves_with(n, moves)}
+        return {n: t for n, t in self.state_dict().items() if names.moves_with(n, trainable)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], scale: float) -> "Adapter":

@@ -11,18 +11,18 @@ from rankfit.configs.faults import Faulty
 
 Arrays = dict[str, NDArray[np.generic]]
 #: By array, a hash of each of its directions.
-Prints = Mapping[str, Sequence[bytes]]
-#: By array, where each of its directions is among those that are held; −1 = it is sent.
+ContentHashes = Mapping[str, Sequence[bytes]]
+#: By array, where each of its directions is among those that are stored; −1 = it is sent.
 Places = dict[str, list[int]]
 
 
-class NotHeld(Faulty, LookupError):
-    """What was left out is not held (any more)."""
+class UnknownTensor(Faulty, LookupError):
+    """What was left out is not stored (any more)."""
 
     code = "message-lost"
 
 
-def prints(arrays: Mapping[str, NDArray[np.generic]]) -> Prints:
+def content_hashes(arrays: Mapping[str, NDArray[np.generic]]) -> ContentHashes:
     """Hashes of everything in a message, as it was encoded."""
     return {
         name: tuple(
@@ -32,22 +32,22 @@ def prints(arrays: Mapping[str, NDArray[np.generic]]) -> Prints:
     }
 
 
-def leave_out(
-    arrays: Mapping[str, NDArray[np.generic]], own: Prints, held: Prints
+def encode_delta(
+    arrays: Mapping[str, NDArray[np.generic]], own: ContentHashes, stored: ContentHashes
 ) -> tuple[Arrays, Places]:
-    """The arrays without the directions that are held, and where those are.
+    """The arrays without the directions that are stored, and where those are.
 
     Parameters
     ----------
-    own : Prints
+    own : ContentHashes
         Of the arrays.
-    held : Prints
+    stored : ContentHashes
         Of what the other side was sent last.
     """
     sent: Arrays = {}
     places: Places = {}
     for name, array in arrays.items():
-        known = {print_: place for place, print_ in enumerate(held.get(name, ()))}
+        known = {print_: place for place, print_ in enumerate(stored.get(name, ()))}
         where = [known.get(print_, -1) for print_ in own[name]]
         if max(where, default=-1) < 0:
             sent[name] = array
@@ -59,23 +59,23 @@ def leave_out(
     return sent, places
 
 
-def fill_in(
+def apply_delta(
     sent: Mapping[str, NDArray[np.generic]],
     places: Mapping[str, Sequence[int]],
-    held: Mapping[str, NDArray[np.generic]],
+    stored: Mapping[str, NDArray[np.generic]],
 ) -> Arrays:
-    """Inverse of :func:`leave_out`, from the arrays that are held.
+    """Inverse of :func:`encode_delta`, from the arrays that are stored.
 
     Raises
     ------
-    NotHeld
+    UnknownTensor
         If they are not.
     """
     arrays: Arrays = {name: array for name, array in sent.items() if name not in places}
     for name, where in places.items():
-        old = _parts(name, held[name]) if name in held else []
+        old = _parts(name, stored[name]) if name in stored else []
         if max(where) >= len(old):
-            raise NotHeld(
+            raise UnknownTensor(
                 f"{name!r} was left out of the message because this client was sent it before, but "
                 "it is not here: the SuperNode lost its state; the next message will be whole"
             )

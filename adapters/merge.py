@@ -333,8 +333,8 @@ class ZeroPadded(Merge):
 class PaddedChange(Merge):
     """Changes of the factors, each at its own directions, averaged over all clients of the round.
 
-    Alternation: one factor moves, and this is exact at mixed ranks without an SVD: with A the same
-    for all, Σ w·(B − B⁰)·A[:r] is the padded mean change of B times A (and the same with the
+    Alternation: one factor is trained, and this is exact at mixed ranks without an SVD: with A the
+    same for all, Σ w·(B − B⁰)·A[:r] is the padded mean change of B times A (and the same with the
     letters exchanged). FSLoRA (arXiv:2501.19389): both factors move, at directions that were
     drawn; a direction that a client did not draw counts as a change of zero.
     """

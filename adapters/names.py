@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 #: Which factors a client trains and returns in a round; the head always moves.
-Moves = Literal["both", "a", "b"]
+Trainable = Literal["both", "a", "b"]
 
 _MOVING = {"both": ("a", "b", "head"), "a": ("a", "head"), "b": ("b", "head")}
 
@@ -75,9 +75,9 @@ def parse(name: str) -> tuple[str, str]:
     return rest, "head"
 
 
-def moves_with(name: str, moves: Moves) -> bool:
+def moves_with(name: str, trainable: Trainable) -> bool:
     """Say whether a tensor is trained and returned when ``moves`` move."""
-    return parse(name)[1] in _MOVING[moves]
+    return parse(name)[1] in _MOVING[trainable]
 
 
 #: Key of a group of parameters, each tensor of which has one second moment.

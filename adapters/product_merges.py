@@ -170,7 +170,7 @@ class OwnersProduct(Merge):
 
     W_j is the weight of the clients that could train direction j. Where nobody could, the global
     direction itself stands in, so that a round of weak clients does not erase what strong ones
-    learnt. All updates are kept until the end, because W_j is known only then.
+    learned. All updates are kept until the end, because W_j is known only then.
     """
 
     aligned = False

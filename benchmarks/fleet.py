@@ -99,9 +99,9 @@ class MadeUp(InProcessGrid):
         trained = {
             name: tensor + 0.01 * torch.randn(tensor.shape, generator=noise)
             for name, tensor in given.items()
-            if moves_with(name, plan["moves"])
+            if moves_with(name, plan["trainable"])
         }
-        if plan["tail-rank"]:  # the directions behind the plan's are frozen
+        if plan["remainder-rank"]:  # the directions behind the plan's are frozen
             ranks = dict(zip(plan["modules"], plan["ranks"], strict=True))
             trained = {name: _cut(name, tensor, ranks) for name, tensor in trained.items()}
         wire = encode_update(trained, given, self._settings.wire.dtype, noise)

@@ -81,7 +81,7 @@ def payload_of(settings: RunSettings) -> Payload:
 def upload(payload: Payload, plan: Mapping[str, Any]) -> int:
     """Factors that move, and the head."""
     return payload.head_bytes + sum(
-        rank * payload.direction_bytes(module, plan["moves"])
+        rank * payload.direction_bytes(module, plan["trainable"])
         for module, rank in _ranks(plan).items()
     )
 
@@ -92,7 +92,7 @@ def download(
     """Both factors, with the frozen rest where there is one, and the head."""
     ranks = _ranks(plan)
     if folded is None:
-        whole = {m: max(ranks.get(m, 0), plan["tail-rank"]) for m in payload.shapes}
+        whole = {m: max(ranks.get(m, 0), plan["remainder-rank"]) for m in payload.shapes}
     else:
         whole = {m: ranks.get(m, 0) + rank for m, rank in folded.items()}
     return payload.head_bytes + sum(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from rankfit.client.worker_registry import Place
+from rankfit.client.worker_registry import WorkerDir
 from tests.processes.workers import Federation
 
 #: Names of processes by what their command line holds.
@@ -124,7 +124,7 @@ class Watch:
             except psutil.NoSuchProcess:
                 continue
         for folder in self.federation.sockets():
-            worker = Place(folder).process()
+            worker = WorkerDir(folder).process()
             with suppress(psutil.NoSuchProcess):
                 if worker is not None:
                     yield "", psutil.Process(worker.pid)
@@ -201,7 +201,7 @@ def _messages(watch: Watch, node: str) -> dict[int, dict[str, float]]:
             number = int(heading.group(1))
         if word := re.search(r"(Receiving|Sending): (\S+) message", line.text):
             training = word.group(2) == "train"
-        step = re.search(r"(Receiving|Received|Start|Sending|Sent)\b", line.text)
+        step = re.search(r"(Receiving|Received|WorkerStart|Sending|Sent)\b", line.text)
         if training and step:
             found.setdefault(number, {})[step.group(1)] = line.time
     return {number: times for number, times in found.items() if len(times) == 5}

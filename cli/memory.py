@@ -99,7 +99,7 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
         If the run's model or data cannot be read.
     """
     # Imported here: the other commands should not wait for torch.
-    from rankfit.estimator.memory import tail_ranks
+    from rankfit.estimator.memory import remainder_ranks
     from rankfit.estimator.plan_search import Estimator, inputs_of
     from rankfit.estimator.tracer import TraceCache
     from rankfit.tasks import load_task
@@ -114,41 +114,41 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
     estimators: dict[tuple[str, bool], Estimator] = {}
     for row in rows:
         plan = Plan.from_dict(row["plan"])
-        key = (plan.moves, plan.rates.whole_head)
+        key = (plan.trainable, plan.rates.whole_head)
         if key not in estimators:
             estimators[key] = Estimator.for_run(
-                settings, config, inputs, phases=(plan.moves,),
+                settings, config, inputs, phases=(plan.trainable,),
                 whole_head=plan.rates.whole_head, traces=traces,
             )  # fmt: skip
         report = DeviceReport.from_dict(row["device"])
-        tails = tail_ranks(plan.ranks, plan.tail_rank)
-        split = _estimated(estimators[key], report, plan, tails)
+        remainders = remainder_ranks(plan.ranks, plan.remainder_rank)
+        split = _estimated(estimators[key], report, plan, remainders)
         row["components"] = {"estimated": {name: getattr(split, name) for name in _PARTS}}
         if measure and report.accelerator == "cpu":
-            row["components"]["measured"] = _measured(estimators[key], report, plan, tails)
+            row["components"]["measured"] = _measured(estimators[key], report, plan, remainders)
 
 
 def _estimated(
-    estimator: "Estimator", report: DeviceReport, plan: Plan, tails: Mapping[str, int]
+    estimator: "Estimator", report: DeviceReport, plan: Plan, remainders: Mapping[str, int]
 ) -> "Breakdown":
     from rankfit.estimator.plan_search import Step
 
     step = Step.of(plan)
-    footprint = estimator.footprint(report, step, plan.ranks, any(tails.values()))
-    return footprint.breakdown(plan.ranks, tails if any(tails.values()) else 0)
+    footprint = estimator.footprint(report, step, plan.ranks, any(remainders.values()))
+    return footprint.breakdown(plan.ranks, remainders if any(remainders.values()) else 0)
 
 
 def _measured(
-    estimator: "Estimator", report: DeviceReport, plan: Plan, tails: Mapping[str, int]
+    estimator: "Estimator", report: DeviceReport, plan: Plan, remainders: Mapping[str, int]
 ) -> dict[str, int]:
     """Bytes of the components of the plan's step, trained here on real tensors."""
     from rankfit.estimator.components import measure_components
     from rankfit.estimator.plan_search import Step
 
     step = Step.of(plan)
-    footprint = estimator.footprint(report, step, plan.ranks, any(tails.values()))
+    footprint = estimator.footprint(report, step, plan.ranks, any(remainders.values()))
     return measure_components(
-        footprint.traces[0].spec, plan.ranks, tails if any(tails.values()) else None
+        footprint.traces[0].spec, plan.ranks, remainders if any(remainders.values()) else None
     )
 
 

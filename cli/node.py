@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from rankfit.client.worker_registry import Place
+    from rankfit.client.worker_registry import WorkerDir
 
 app = typer.Typer(invoke_without_command=True, help="Workers of this machine's SuperNodes.")
 
@@ -24,11 +24,11 @@ def node(
     if context.invoked_subcommand is not None:
         return
     # Imported here: it needs Unix, and the rest of the command does not.
-    from rankfit.client.worker_registry import PlaceError, places, stop
+    from rankfit.client.worker_registry import WorkerDirError, stop, worker_dirs
 
     try:
-        found = places()
-    except PlaceError as error:
+        found = worker_dirs()
+    except WorkerDirError as error:
         raise typer.BadParameter(str(error)) from error
     if stop_workers:
         for place in found:
@@ -69,7 +69,7 @@ def policy(
         typer.echo(f"checked on the node: {line}")
 
 
-def _row(place: "Place") -> tuple[str, ...]:
+def _row(place: "WorkerDir") -> tuple[str, ...]:
     """One line of the table; a worker that is just ending leaves blanks."""
     process = place.process()
     pid = str(process.pid) if process else "?"

@@ -26,9 +26,9 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from rankfit.adapters.delta import Arrays, fill_in
+from rankfit.adapters.delta import Arrays, apply_delta
 from rankfit.client.accelerate_config import DataParallel
-from rankfit.client.device import Held, Placement, device_report, partition_of_node
+from rankfit.client.device import OwnMemory, Placement, device_report, partition_of_node
 from rankfit.client.policy import NotAllowed, Policy
 from rankfit.client.worker_protocol import Answer, Kind, Request
 from rankfit.configs import protocol
@@ -38,7 +38,7 @@ from rankfit.configs.settings import NodeConfigError, RunSettings, from_flat
 from rankfit.estimator.device_report import DeviceReport
 
 if TYPE_CHECKING:
-    from rankfit.client.worker_registry import Order
+    from rankfit.client.worker_registry import WorkerSpec
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ app = ClientApp()
 #: The program that Flower's deployment starts for every message.
 _PER_MESSAGE = "flwr-clientapp"
 #: Record of the node's state: the adapter that it was sent last.
-_HELD = "held"
+_RECEIVED = "received"
 #: Record of the node's state: settings of this run that it said it does not use.
-_TOLD = "not-used"
+_NOT_USED_SAID = "not-used"
 #: Flower's code for an error of the app.
 _RAISED = 2
 
@@ -75,8 +75,8 @@ def _coded(handler: Handler) -> Handler:
             else:
                 log.error("%s failed [%s]", kind, code, exc_info=error)
         text = fault.text if _tells(context) else ""
-        told = Fault(fault.code, fault.row, fault.kind, " ".join(text.split()))
-        return Message(Error(_RAISED, told.written()), reply_to=message)
+        sent = Fault(fault.code, fault.row, fault.kind, " ".join(text.split()))
+        return Message(Error(_RAISED, sent.written()), reply_to=message)
 
     return handled
 
@@ -104,7 +104,7 @@ def capabilities(message: Message, context: Context) -> Message:
         from rankfit.client import worker_proxy as messenger
 
         messenger.make_room(order)
-        report = _report(context, messenger.held(order))
+        report = _report(context, messenger.own_memory(order))
         if order.settings.client.prefetch:
             request = Request("prefetch", partition=partition, partitions=shared)
             messenger.prefetch(order, request, report.uuid)
@@ -165,7 +165,7 @@ def _perform(kind: Kind, message: Message, context: Context) -> Answer:
     if order is not None:
         from rankfit.client import worker_proxy as messenger
 
-        report = _report(context, messenger.held(order))
+        report = _report(context, messenger.own_memory(order))
         return messenger.ask(order, _request(kind, message, context, report), report.uuid)
     report = _report(context, _own(), _placement())
     _see_only(report)
@@ -201,10 +201,10 @@ def _arrays(message: Message, context: Context) -> Arrays:
     places = message.content.config_records.get(protocol.DELTA)
     if places is None:
         return sent
-    before = context.state.array_records.get(_HELD)
+    before = context.state.array_records.get(_RECEIVED)
     where = cast(Mapping[str, list[int]], places)
-    arrays = fill_in(sent, where, _numpy(before) if before is not None else {})
-    context.state[_HELD] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    arrays = apply_delta(sent, where, _numpy(before) if before is not None else {})
+    context.state[_RECEIVED] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     return arrays
 
 
@@ -231,22 +231,22 @@ def _deployed() -> bool:
 def _tell_ignored(context: Context) -> None:
     """Say once a run which of its settings a node of a deployment does not use."""
     ignored = from_flat(context.run_config).simulated_keys() if _deployed() else []
-    if ignored and _TOLD not in context.state.config_records:
+    if ignored and _NOT_USED_SAID not in context.state.config_records:
         log.warning("not used, they count in a simulation alone: %s", ", ".join(ignored))
-        context.state[_TOLD] = ConfigRecord({"settings": ignored})
+        context.state[_NOT_USED_SAID] = ConfigRecord({"settings": ignored})
 
 
-def _order(context: Context) -> "Order | None":
+def _order(context: Context) -> "WorkerSpec | None":
     """What this device's worker in this run is for; None where there is to be none."""
     settings = _settings(context)
     if not _warm(settings, context):
         return None
-    from rankfit.client.worker_registry import Order, Watched
+    from rankfit.client.worker_registry import ProcessHandle, WorkerSpec
 
-    return Order(
+    return WorkerSpec(
         run_id=context.run_id,
         node_id=context.node_id,
-        supernode=Watched.of(os.getppid()),
+        supernode=ProcessHandle.of(os.getppid()),
         settings=settings,
         data_path=_data_path(context),
         group=_group(context),
@@ -284,7 +284,7 @@ def _settings(context: Context) -> RunSettings:
 
 
 def _report(
-    context: Context, worker: Held | None = None, placement: Placement | None = None
+    context: Context, worker: OwnMemory | None = None, placement: Placement | None = None
 ) -> DeviceReport:
     return device_report(
         context.node_config,
@@ -321,14 +321,14 @@ def _payload(probe: LinkProbe) -> ArrayRecord:
     return ArrayRecord({protocol.PAYLOAD: Array(payload)})
 
 
-def _own() -> Held | None:
+def _own() -> OwnMemory | None:
     """What this very process holds of its GPU, where it has trained before: free for it."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
     from rankfit.estimator.calibration import Calibration
 
-    return Held(os.getpid(), torch.cuda.memory_reserved() + Calibration.cuda().context)
+    return OwnMemory(os.getpid(), torch.cuda.memory_reserved() + Calibration.cuda().context)
 
 
 def _see_only(report: DeviceReport) -> None:

@@ -22,7 +22,7 @@ from torch import distributed, nn
 import rankfit
 from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.worker_protocol import FrameError, Request, receive_frame, send_frame
-from rankfit.client.worker_registry import Order, Place
+from rankfit.client.worker_registry import WorkerDir, WorkerSpec
 from rankfit.configs.faults import Faulty
 from rankfit.tasks.lora import training_device
 
@@ -108,10 +108,10 @@ class Group:
 
     def fail(self, error: Exception) -> None:
         """Tell the others at their next meeting that this process has failed."""
-        if self._meets and not getattr(error, "told", False):
+        if self._meets and not getattr(error, "reported", False):
             memory = isinstance(error, torch.OutOfMemoryError)
             self._sum([float(memory), float(not memory)])
-            error.told = True  # type: ignore[attr-defined]
+            error.reported = True  # type: ignore[attr-defined]
 
     def agree(self, *values: float) -> list[float]:
         """Sum of each value over the group.
@@ -131,7 +131,7 @@ class Group:
             raise OtherFailed("another process of this client failed; the worker's log says how")
         if memory:
             error = torch.OutOfMemoryError("another process of this client ran out of memory")
-            error.told = True  # type: ignore[attr-defined]
+            error.reported = True  # type: ignore[attr-defined]
             raise error
         return sums
 
@@ -178,20 +178,20 @@ _NOTICE_SECONDS = 1.0
 _END_SECONDS = 60.0
 
 
-class Crew:
+class DataParallelWorkers:
     """The other processes of a worker's group.
 
     Parameters
     ----------
-    place : Place
+    place : WorkerDir
         The worker's folder.
-    order : Order
+    order : WorkerSpec
         What the worker is for; ``order.group`` says how many processes there are to be.
     on_end : callable
         Called from another thread with a reason when one of them ends.
     """
 
-    def __init__(self, place: Place, order: Order, on_end: Callable[[str], None]) -> None:
+    def __init__(self, place: WorkerDir, order: WorkerSpec, on_end: Callable[[str], None]) -> None:
         self._limit = order.limit_bytes
         self._sockets: list[socket.socket] = []
         os.environ.update(_environment(order.group, 0))
@@ -226,7 +226,7 @@ class Crew:
             time.sleep(_END_SECONDS)
 
 
-def grouped(order: Order, place: Place) -> "Workspace":
+def grouped(order: WorkerSpec, place: WorkerDir) -> "Workspace":
     """Return the workspace of this process, its group joined."""
     from rankfit.client.data_parallel import Group
     from rankfit.client.workspace import workspace
@@ -239,7 +239,7 @@ def grouped(order: Order, place: Place) -> "Workspace":
 
 def main() -> None:
     """Entry point of the others; the one argument is the worker's folder."""
-    place = Place(Path(sys.argv[1]))
+    place = WorkerDir(Path(sys.argv[1]))
     order = place.read().order
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"

@@ -16,7 +16,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Held:
+class OwnMemory:
     """What a process of this client's own holds of the GPU, in bytes."""
 
     pid: int
@@ -68,7 +68,7 @@ def device_report(
     *,
     node_id: int,
     samples: int = -1,
-    worker: Held | None = None,
+    worker: OwnMemory | None = None,
     group: DataParallel | None = None,
     placement: Placement | None = None,
     most_bytes: int | None = None,
@@ -89,7 +89,7 @@ def device_report(
         Flower's id of the node: the name's suffix where nothing lasting tells nodes apart.
     samples : int
         Training samples held (−1 = not counted).
-    worker : Held or None
+    worker : OwnMemory or None
         The process that keeps this client's model on the GPU: what it holds is free for it.
     group : DataParallel or None
         Where several GPUs train for this client; a declared memory is then that of each.
@@ -110,7 +110,7 @@ def device_report(
     if most_bytes is not None:
         most = most_bytes / MIB
         profile = replace(profile, memory_mib=min(profile.memory_mib or most, most))
-    own = worker or Held(os.getpid(), 0)
+    own = worker or OwnMemory(os.getpid(), 0)
     if group and group.size > 1:
         device = _of_group(own, group)
     else:
@@ -135,7 +135,7 @@ def device_report(
     )
 
 
-def _of_group(own: Held, group: DataParallel) -> _Device:
+def _of_group(own: OwnMemory, group: DataParallel) -> _Device:
     """The tightest of a group's GPUs with the UUIDs of all; on the CPU, a share of the memory."""
     if group.cpu:
         has = host_memory()
@@ -153,7 +153,7 @@ def _of_group(own: Held, group: DataParallel) -> _Device:
     return replace(tightest, uuid=",".join(device.uuid for device in devices))
 
 
-def _physical(own: Held) -> _Device:
+def _physical(own: OwnMemory) -> _Device:
     """Read the device under a process of this client's, whatever is declared."""
     gpu = find_gpu(os.environ, own.pid)
     if isinstance(gpu, NoGpu):
@@ -161,7 +161,7 @@ def _physical(own: Held) -> _Device:
     return _of_gpu(gpu, own.gpu_bytes)
 
 
-def _placed(own: Held, placement: Placement) -> _Device:
+def _placed(own: OwnMemory, placement: Placement) -> _Device:
     """The GPU under this process, with the memory and capability that all of them can give.
 
     What is free is read of this one alone: of the others, their own clients hold a part.

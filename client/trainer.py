@@ -33,13 +33,13 @@ from rankfit.estimator.plan import Plan
 from rankfit.tasks.base_model import DTYPES, eject, inject
 from rankfit.tasks.data import DataError
 from rankfit.tasks.lora import (
-    TAIL,
+    REMAINDER,
     checkpointing,
     chunks,
+    count_targets,
     fisher_scores,
     free_cache,
     head_tensors,
-    learnt,
     load_adapter,
     place,
     read_state,
@@ -148,7 +148,7 @@ class Job:
     plan : Plan
         What to train and how.
     adapter : Adapter
-        As received: at the plan's ranks, or whole when the plan has a tail.
+        As received: at the plan's ranks, or whole when the plan has a remainder.
     samples : NDArray
         Indices into the training split.
     cap_bytes : int or None
@@ -267,8 +267,8 @@ def _attempt(
     """Train once at a plan, and leave the base as it was, whatever happens."""
     settings, base = workspace.settings, workspace.base_at(plan.precision)
     given = job.adapter.cut(plan.ranks)
-    tail = job.adapter.rest(plan.ranks) if plan.tail_rank else None
-    travels = set(given.moving(plan.moves))
+    remainder = job.adapter.rest(plan.ranks) if plan.remainder_rank else None
+    travels = set(given.moving(plan.trainable))
     if job.own_head is not None:
         own = job.own_head.load(job.round) or head_tensors(base, workspace.own_heads)
         given = replace(given, head=own)
@@ -279,14 +279,14 @@ def _attempt(
         scale=given.scale,
         dropout=settings.lora.dropout,
         heads=(*workspace.heads, *workspace.own_heads),
-        tail_ranks=tail.ranks if tail else None,
+        remainder_ranks=remainder.ranks if remainder else None,
     ).to(workspace.device)
     try:
         load_adapter(model, given)
-        if tail and tail.factors:
-            load_adapter(model, tail, TAIL)
-        if plan.moves != "both":
-            train_only(model, plan.moves)
+        if remainder and remainder.factors:
+            load_adapter(model, remainder, REMAINDER)
+        if plan.trainable != "both":
+            train_only(model, plan.trainable)
         if not workspace.group.leads:  # else all processes would drop out alike
             own_seed = derive(
                 settings.run.seed, "train", job.round, job.client, workspace.group.rank
@@ -395,7 +395,7 @@ def _fit(
         own = group.share(batch)
         waiting = [workspace.task.train.collate(part) for part in chunks(own, plan.micro_batch)]
         waiting.reverse()
-        counts = [learnt(inputs["labels"]) for inputs in waiting]
+        counts = [count_targets(inputs["labels"]) for inputs in waiting]
         (total,) = group.agree(sum(counts))
         with meter.step():
             while waiting:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rankfit.client.data_parallel import Crew, grouped
+from rankfit.client.data_parallel import DataParallelWorkers, grouped
 from rankfit.client.nvml import Gpu, find_gpu
 from rankfit.client.worker_protocol import (
     Answer,
@@ -27,7 +27,7 @@ from rankfit.client.worker_protocol import (
     receive_header,
     send_frame,
 )
-from rankfit.client.worker_registry import Place, Start, Watched
+from rankfit.client.worker_registry import ProcessHandle, WorkerDir, WorkerStart
 from rankfit.configs.faults import Faulty, fault_of
 
 if TYPE_CHECKING:
@@ -43,15 +43,15 @@ class Life:
 
     Parameters
     ----------
-    place : Place
+    place : WorkerDir
         The worker's folder; removed at the end.
-    supernode : Watched
+    supernode : ProcessHandle
         The process that the worker must not outlive.
     idle_seconds : float
         How long the worker waits for a message.
     """
 
-    def __init__(self, place: Place, supernode: Watched, idle_seconds: float) -> None:
+    def __init__(self, place: WorkerDir, supernode: ProcessHandle, idle_seconds: float) -> None:
         self._place, self._supernode, self._idle = place, supernode, idle_seconds
         self._lock = threading.Lock()
         self._served: socket.socket | None = None
@@ -129,18 +129,18 @@ class Worker:
 
     Parameters
     ----------
-    place : Place
+    place : WorkerDir
         Its folder.
-    start : Start
+    start : WorkerStart
         What it was started with.
     life : Life
         Is told what is served.
     """
 
-    def __init__(self, place: Place, start: Start, life: Life) -> None:
+    def __init__(self, place: WorkerDir, start: WorkerStart, life: Life) -> None:
         self._place, self._start, self._life = place, start, life
         self._workspace: Workspace | None = None
-        self._crew: Crew | None = None
+        self._workers: DataParallelWorkers | None = None
         self._context_bytes = 0
 
     def prefetch(self, request: Request) -> None:
@@ -205,8 +205,8 @@ class Worker:
             answer = self._perform(request)
         except Exception as error:  # the worker outlives whatever a message does
             log.exception("%s: failed", what)
-            if self._crew is not None:
-                self._crew.settle()
+            if self._workers is not None:
+                self._workers.settle()
             return _told(error), Answer()
         log.info("%s: done in %.2f s", what, time.monotonic() - began)
         return {"metrics": dict(answer.metrics)}, answer
@@ -218,15 +218,15 @@ class Worker:
         from rankfit.client.request_handler import perform
 
         order = self._start.order
-        if self._crew is None and order.group.size > 1:
-            self._crew = Crew(self._place, order, self._life.end)
+        if self._workers is None and order.group.size > 1:
+            self._workers = DataParallelWorkers(self._place, order, self._life.end)
         if self._workspace is None:
             before = _free_gpu_bytes()
             self._workspace = grouped(order, self._place)
             self._workspace.open_device()
             self._context_bytes = max(before - _free_gpu_bytes(), 0)
-        if self._crew is not None:
-            self._crew.tell(request)
+        if self._workers is not None:
+            self._workers.tell(request)
         return perform(self._workspace, request)
 
     def _reply(
@@ -274,7 +274,7 @@ def _ranks(request: Request) -> str:
     return f"rank {max(int(rank) for rank in ranks)}, {len(ranks)} modules"
 
 
-def listen(place: Place) -> socket.socket:
+def listen(place: WorkerDir) -> socket.socket:
     """Open the worker's socket, for the user alone."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
@@ -288,7 +288,7 @@ def listen(place: Place) -> socket.socket:
 
 def main() -> None:
     """Entry point; the one argument is the worker's folder."""
-    place = Place(Path(sys.argv[1]))
+    place = WorkerDir(Path(sys.argv[1]))
     start = place.read()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import rankfit
-from rankfit.client.device import Held
+from rankfit.client.device import OwnMemory
 from rankfit.client.worker_protocol import (
     Answer,
     Closed,
@@ -23,14 +23,14 @@ from rankfit.client.worker_protocol import (
     send_frame,
 )
 from rankfit.client.worker_registry import (
-    Order,
-    Place,
-    Watched,
+    ProcessHandle,
+    WorkerDir,
+    WorkerSpec,
     locked,
-    new_place,
     new_start,
-    places,
+    new_worker_dir,
     sweep,
+    worker_dirs,
 )
 from rankfit.configs.faults import Fault, Faulty
 
@@ -51,12 +51,12 @@ class WorkerError(Faulty, RuntimeError):
     code = "worker-start"
 
 
-def ask(order: Order, request: Request, uuid: str = "") -> Answer:
+def ask(order: WorkerSpec, request: Request, uuid: str = "") -> Answer:
     """Let the worker of a run on this device do something; start it if there is none.
 
     Parameters
     ----------
-    order : Order
+    order : WorkerSpec
         What the worker is for.
     request : Request
         What to do.
@@ -81,36 +81,36 @@ def ask(order: Order, request: Request, uuid: str = "") -> Answer:
     )
 
 
-def prefetch(order: Order, request: Request, uuid: str = "") -> None:
+def prefetch(order: WorkerSpec, request: Request, uuid: str = "") -> None:
     """Start the worker, unless it is there, to load base and data; does not wait for it."""
     make_room(order)
     with locked():
-        if not any(place.alive() for place in places(f"{order.key}-")):
+        if not any(place.alive() for place in worker_dirs(f"{order.key}-")):
             _start(order, uuid, replace(request, kind="prefetch"))
 
 
-def make_room(order: Order) -> None:
+def make_room(order: WorkerSpec) -> None:
     """End the workers of other runs on this device, where ``client.second-run`` is ``wait``."""
     if order.settings.client.second_run != "wait":
         return
-    for place in places(f"{order.node_key}-"):
+    for place in worker_dirs(f"{order.node_key}-"):
         if not place.folder.name.startswith(f"{order.key}-"):
             log.info("waiting for the worker of another run on this device; %s", _log_of(place))
             _finish(place, order)
 
 
-def held(order: Order) -> Held | None:
+def own_memory(order: WorkerSpec) -> OwnMemory | None:
     """What the worker of a run on this device holds of its GPU; None without a worker."""
-    for place in places(f"{order.key}-"):
+    for place in worker_dirs(f"{order.key}-"):
         process = place.process()
         if process is not None and process.alive():
-            return Held(process.pid, place.held())
+            return OwnMemory(process.pid, place.reserved_bytes())
     return None
 
 
-def finish(order: Order) -> None:
+def finish(order: WorkerSpec) -> None:
     """End the worker of a run on this device after what it is doing; none is no error."""
-    for place in places(f"{order.key}-"):
+    for place in worker_dirs(f"{order.key}-"):
         _finish(place, order)
 
 
@@ -118,11 +118,11 @@ class _NotBegun(Exception):
     """The worker ended before it accepted the message: nothing is lost."""
 
 
-def start(order: Order, uuid: str = "") -> Place:
+def start(order: WorkerSpec, uuid: str = "") -> WorkerDir:
     """Find the worker of a run on this device, or start it; it may not listen yet."""
     make_room(order)  # outside the lock: it may take as long as a training
     with locked():
-        for place in places(f"{order.key}-"):
+        for place in worker_dirs(f"{order.key}-"):
             if place.alive():
                 return place
             log.warning("the worker of this run is dead; starting another (%s)", _log_of(place))
@@ -130,11 +130,11 @@ def start(order: Order, uuid: str = "") -> Place:
         return _start(order, uuid, None)
 
 
-def _start(order: Order, uuid: str, prefetch: Request | None) -> Place:
+def _start(order: WorkerSpec, uuid: str, prefetch: Request | None) -> WorkerDir:
     """Start a worker in a session of its own; the caller holds the lock."""
     sweep()
     start = new_start(order, prefetch)
-    place = new_place(start)
+    place = new_worker_dir(start)
     root = Path(rankfit.__file__).resolve().parents[1]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(order.settings.train.threads))
@@ -149,12 +149,12 @@ def _start(order: Order, uuid: str, prefetch: Request | None) -> Place:
             env=environment,
             start_new_session=True,
         )
-    place.write_process(Watched.of(process.pid))
+    place.write_process(ProcessHandle.of(process.pid))
     log.info("started worker %d; its log is %s", process.pid, start.log)
     return place
 
 
-def _hand_over(place: Place, order: Order, request: Request) -> Answer:
+def _hand_over(place: WorkerDir, order: WorkerSpec, request: Request) -> Answer:
     """Send a request and wait for its answer, however long it takes."""
     with _connected(place) as connection:
         try:
@@ -185,7 +185,7 @@ def _hand_over(place: Place, order: Order, request: Request) -> Answer:
 
 
 @contextmanager
-def _connected(place: Place) -> Iterator[socket.socket]:
+def _connected(place: WorkerDir) -> Iterator[socket.socket]:
     """Connect to a worker that may still be opening its socket."""
     deadline = time.monotonic() + _START_SECONDS
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -204,7 +204,7 @@ def _connected(place: Place) -> Iterator[socket.socket]:
         yield connection
 
 
-def _finish(place: Place, order: Order) -> None:
+def _finish(place: WorkerDir, order: WorkerSpec) -> None:
     process = place.process()  # before the answer, with which its folder goes
     with suppress(_NotBegun, WorkerError):
         _hand_over(place, order, Request("finish"))
@@ -213,7 +213,7 @@ def _finish(place: Place, order: Order) -> None:
         time.sleep(0.05)
 
 
-def _raise_error(header: dict[str, object], place: Place) -> None:
+def _raise_error(header: dict[str, object], place: WorkerDir) -> None:
     if "error" in header:
         fault = Fault(
             str(header["code"]), cast(int | None, header["row"]), str(header["kind"]),
@@ -222,7 +222,7 @@ def _raise_error(header: dict[str, object], place: Place) -> None:
         raise WorkerError.of(fault)
 
 
-def _died(request: Request, place: Place) -> WorkerError:
+def _died(request: Request, place: WorkerDir) -> WorkerError:
     """The error for a message that died with its worker; clears away what the worker left."""
     where = _log_of(place)
     with suppress(FrameError, OSError):
@@ -234,7 +234,7 @@ def _died(request: Request, place: Place) -> WorkerError:
     )
 
 
-def _log_of(place: Place) -> str:
+def _log_of(place: WorkerDir) -> str:
     try:
         return f"worker's log: {place.read().log}"
     except (OSError, ValueError, KeyError):

@@ -23,7 +23,7 @@ from rankfit.configs.settings import RunSettings, from_flat, to_flat
 
 
 @dataclass(frozen=True)
-class Watched:
+class ProcessHandle:
     """A process.
 
     Attributes
@@ -38,7 +38,7 @@ class Watched:
     started: int
 
     @classmethod
-    def of(cls, pid: int) -> "Watched":
+    def of(cls, pid: int) -> "ProcessHandle":
         """The process that has this id now, or had it: see :meth:`alive`."""
         return cls(pid, _stat(pid)[1])
 
@@ -74,21 +74,21 @@ _REMOVALS = 3
 _HIDDEN = "."
 
 
-class PlaceError(Faulty, RuntimeError):
+class WorkerDirError(Faulty, RuntimeError):
     """The folder of sockets cannot be used."""
 
     code = "worker-start"
 
 
 @dataclass(frozen=True)
-class Order:
+class WorkerSpec:
     """What a worker is for.
 
     Attributes
     ----------
     run_id, node_id : int
         Flower's.
-    supernode : Watched
+    supernode : ProcessHandle
         The process that starts one for every message; the worker ends with it.
     settings : RunSettings
         The run.
@@ -102,7 +102,7 @@ class Order:
 
     run_id: int
     node_id: int
-    supernode: Watched
+    supernode: ProcessHandle
     settings: RunSettings
     data_path: str | None
     group: DataParallel = field(default_factory=DataParallel)
@@ -126,12 +126,12 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Start:
+class WorkerStart:
     """An order, and what messenger and worker share.
 
     Attributes
     ----------
-    order : Order
+    order : WorkerSpec
         What the worker is for.
     token : str
         Secret that every message must bring.
@@ -141,14 +141,14 @@ class Start:
         What to load before the first message.
     """
 
-    order: Order
+    order: WorkerSpec
     token: str
     log: Path
     prefetch: Request | None
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerDir:
     """Folder of one worker."""
 
     folder: Path
@@ -158,7 +158,7 @@ class Place:
         """Its socket; there a moment before it listens."""
         return self.folder / "socket"
 
-    def write(self, start: Start) -> None:
+    def write(self, start: WorkerStart) -> None:
         """Write down what the worker is started with, readable by the user alone."""
         order = start.order
         record = {
@@ -175,43 +175,43 @@ class Place:
         }
         _write(self.folder / "start.json", json.dumps(record))
 
-    def read(self) -> Start:
+    def read(self) -> WorkerStart:
         """Inverse of :meth:`write`."""
         record = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
-        order = Order(
+        order = WorkerSpec(
             record["run-id"],
             record["node-id"],
-            Watched(**record["supernode"]),
+            ProcessHandle(**record["supernode"]),
             from_flat(record["settings"]),
             record["data-path"],
             DataParallel(**record["group"]),
             Policy.model_validate(record["policy"]),
         )
         prefetch = Request.from_header(record["prefetch"], {}) if record["prefetch"] else None
-        return Start(order, record["token"], Path(record["log"]), prefetch)
+        return WorkerStart(order, record["token"], Path(record["log"]), prefetch)
 
-    def write_process(self, process: Watched) -> None:
+    def write_process(self, process: ProcessHandle) -> None:
         """Write down which process the worker is."""
         _write(self.folder / "process.json", json.dumps(asdict(process)))
 
-    def process(self) -> Watched | None:
+    def process(self) -> ProcessHandle | None:
         """The worker's process; None if it was never written down."""
         try:
-            return Watched(**json.loads((self.folder / "process.json").read_text("utf-8")))
+            return ProcessHandle(**json.loads((self.folder / "process.json").read_text("utf-8")))
         except (OSError, ValueError):
             return None
 
     def write_held(self, gpu_bytes: int) -> None:
         """Write down what the worker holds of the GPU between messages, in bytes."""
-        new = self.folder / "held.new"
+        new = self.folder / "reserved.new"
         new.unlink(missing_ok=True)
         _write(new, str(gpu_bytes))
-        new.replace(self.folder / "held")
+        new.replace(self.folder / "reserved")
 
-    def held(self) -> int:
+    def reserved_bytes(self) -> int:
         """Bytes of the GPU that the worker holds between messages; 0 if it has not said."""
         try:
-            return int((self.folder / "held").read_text("utf-8"))
+            return int((self.folder / "reserved").read_text("utf-8"))
         except (OSError, ValueError):
             return 0
 
@@ -228,28 +228,28 @@ class Place:
                 return
 
 
-def new_place(start: Start) -> Place:
+def new_worker_dir(start: WorkerStart) -> WorkerDir:
     """Make the folder of a new worker, with what it is started with; it appears whole.
 
     Raises
     ------
-    PlaceError
+    WorkerDirError
         If the socket's path would be longer than a system allows.
     """
     hidden = Path(tempfile.mkdtemp(prefix=f"{_HIDDEN}{start.order.key}-", dir=base_folder()))
-    place = Place(hidden.with_name(hidden.name.removeprefix(_HIDDEN)))
+    place = WorkerDir(hidden.with_name(hidden.name.removeprefix(_HIDDEN)))
     if len(os.fsencode(place.socket)) > _LONGEST_ADDRESS:
         hidden.rmdir()
-        raise PlaceError(
+        raise WorkerDirError(
             f"the socket's path {place.socket} is longer than {_LONGEST_ADDRESS} bytes; set "
             "XDG_RUNTIME_DIR to a shorter folder of the SuperNode's user"
         )
-    Place(hidden).write(start)
+    WorkerDir(hidden).write(start)
     hidden.rename(place.folder)
     return place
 
 
-def new_start(order: Order, prefetch: Request | None) -> Start:
+def new_start(order: WorkerSpec, prefetch: Request | None) -> WorkerStart:
     """A start with a new token and a new log, under Flower's home; old logs are deleted."""
     home = os.environ.get("FLWR_HOME") or "~/.flwr"
     folder = Path(home).expanduser().resolve() / "rankfit"
@@ -260,13 +260,13 @@ def new_start(order: Order, prefetch: Request | None) -> Start:
     unique = secrets.token_hex(3)
     log = folder / f"worker-run-{order.run_id}-node-{order.node_id}-{unique}.log"
     _write(log, "")
-    return Start(order, secrets.token_hex(32), log, prefetch)
+    return WorkerStart(order, secrets.token_hex(32), log, prefetch)
 
 
-def places(prefix: str = "") -> list[Place]:
+def worker_dirs(prefix: str = "") -> list[WorkerDir]:
     """Folders of workers, alive or not, whose name begins with ``prefix``."""
     return [
-        Place(path)
+        WorkerDir(path)
         for path in sorted(base_folder().iterdir())
         if path.name.startswith(prefix) and not path.name.startswith(_HIDDEN)
     ]
@@ -275,11 +275,11 @@ def places(prefix: str = "") -> list[Place]:
 def sweep() -> None:
     """Remove what workers left that were killed; the caller holds the lock."""
     for path in base_folder().iterdir():
-        if not Place(path).alive():
-            Place(path).remove()
+        if not WorkerDir(path).alive():
+            WorkerDir(path).remove()
 
 
-def stop(place: Place, grace: float = 10.0) -> None:
+def stop(place: WorkerDir, grace: float = 10.0) -> None:
     """End a worker: by its own will within ``grace`` seconds, or without; and remove its folder."""
     with locked():  # who starts it has then said which process it is
         process = place.process()
@@ -301,7 +301,7 @@ def base_folder() -> Path:
 
     Raises
     ------
-    PlaceError
+    WorkerDirError
         If it belongs to another user, or others can enter it.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -312,7 +312,7 @@ def base_folder() -> Path:
     base.mkdir(mode=0o700, exist_ok=True)
     found = base.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PlaceError(
+        raise WorkerDirError(
             f"{base} must be a folder of this user that nobody else can enter (mode 0700), since "
             "workers listen in it; remove it, or set XDG_RUNTIME_DIR"
         )

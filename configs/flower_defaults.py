@@ -69,7 +69,7 @@ class Setting:
             field.description or "",
         )
 
-    def told(self) -> str:
+    def form(self) -> str:
         """What may be written: the choices or the type, then range and unit."""
         what = " | ".join(self.choices) or f"{self.type} {self.range}".strip()
         return f"{what}, in {self.unit}" if self.unit else what
@@ -135,7 +135,7 @@ def commented(settings: RunSettings) -> str:
     values = to_flat(settings)
     text = ""
     for own in declared():
-        says = f"{own.description} ({own.told()}; default {_toml(own.default)})"
+        says = f"{own.description} ({own.form()}; default {_toml(own.default)})"
         text += "".join(f"# {line}\n" for line in textwrap.wrap(says, 98, break_on_hyphens=False))
         text += f"{own.key} = {_toml(values[own.key])}\n\n"
     return text.rstrip("\n") + "\n"

@@ -1,4 +1,4 @@
-"""The settings of what is learnt: task, model, data, partition, head and local training."""
+"""The settings of what is learned: task, model, data, partition, head and local training."""
 
 import codecs
 import difflib
@@ -192,7 +192,7 @@ NUMBER_METRICS = ("pearson", "spearman", "mse")
 
 
 class Task(Table):
-    """What is learnt."""
+    """What is learned."""
 
     kind: Literal["image-classification", "text-classification", "causal-lm"] = setting(
         "image-classification", "A classifier of images or of texts, or a language model."

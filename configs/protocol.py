@@ -33,7 +33,7 @@ EVALUATE: Final = "evaluate"
 # Records of their contents.
 ADAPTER: Final = "adapter"
 PLAN: Final = "plan"
-DELTA: Final = "held"
+DELTA: Final = "delta"
 METRICS: Final = "metrics"
 ORIGIN: Final = "update"
 DEVICE: Final = "device"

@@ -129,7 +129,7 @@ class Method(Table):
     """The federated method, by its name in the catalogue."""
 
     name: str = setting("rankfit", "Method of the catalogue; `rankfit methods` lists them.")
-    tail: bool = setting(
+    remainder: bool = setting(
         False,
         "Send clients the directions that they cannot train as well, frozen (costs the "
         "download of the whole rank).",
@@ -195,7 +195,7 @@ class Plan(Table):
     )
     deadline_seconds: NonNegative = setting(
         0.0,
-        "Time allowed for one round's training, by the client's own measured pace (0 = unlimited).",
+        "Time allowed for one round's training, at its measured throughput (0 = unlimited).",
     )
     margin_mib: NonNegative = setting(0.0, "Memory kept free beside the estimate.")
     calibration: str = setting(
@@ -500,6 +500,7 @@ class RunSettings(Table):
 RENAMED = {
     "server.keep-waiting": "server.max-waiting-updates",
     "wire.skip-held": "wire.delta",
+    "method.tail": "method.remainder",
 }
 _DORA = (
     "there is no DoRA, whose magnitudes cannot be averaged over ranks as products can: use "

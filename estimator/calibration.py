@@ -260,11 +260,11 @@ class Corrections:
                 )  # fmt: skip
 
     def state(self) -> dict[str, dict[str, int]]:
-        """What was learnt, for the checkpoint."""
+        """What was learned, for the checkpoint."""
         return {kind: dict(own) for kind, own in self._excess.items()}
 
     def restore(self, state: Mapping[str, Mapping[str, int] | int]) -> None:
-        """Take over what an interrupted run had learnt."""
+        """Take over what an interrupted run had learned."""
         self._excess = {
             # Of an older release there is one figure for all clients of a kind: none is named.
             kind: {c: int(v) for c, v in own.items()} if isinstance(own, Mapping) else {}

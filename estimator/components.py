@@ -13,11 +13,11 @@ from rankfit.estimator.step_spec import StepSpec
 def real_step(
     spec: StepSpec,
     ranks: Mapping[str, int],
-    tail_ranks: Mapping[str, int] | None = None,
+    remainder_ranks: Mapping[str, int] | None = None,
     device: str = "cpu",
 ) -> torch.nn.Module:
     """Build the adapted model of a step on a device, with random weights."""
-    adapted = build(spec, ranks, tail_ranks)
+    adapted = build(spec, ranks, remainder_ranks)
     model: torch.nn.Module = adapted.to_empty(device=device)
     adapted.base_model.model.tie_weights()  # to_empty unties them
     with torch.no_grad():
@@ -29,10 +29,10 @@ def real_step(
 
 
 def measure_components(
-    spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
+    spec: StepSpec, ranks: Mapping[str, int], remainder_ranks: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """Train two steps on this CPU; bytes by component, in the accounting of ``Breakdown``."""
-    model = real_step(spec, ranks, tail_ranks)
+    model = real_step(spec, ranks, remainder_ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     found = {"parameters": 0, "forward": 0, "gradients": 0, "optimizer": 0, "overhead": 0}
     peaks = [0, 0]  # before and in the last optimizer step

@@ -136,51 +136,53 @@ class Footprint:
         """Whether reserved memory decides (a GPU), not live bytes (a CPU)."""
         return self.traces[0].spec.accelerator == "cuda"
 
-    def live(self, ranks: Ranks, tail_ranks: Ranks = 0) -> int:
+    def live(self, ranks: Ranks, remainder_ranks: Ranks = 0) -> int:
         """Peak of live bytes over the phases."""
         return max(
-            trace.peak_live(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
-            + self._resting(trace, ranks, tail_ranks)
+            trace.peak_live(ranks, remainder_ranks=remainder_ranks, calibration=self.calibration)
+            + self._resting(trace, ranks, remainder_ranks)
             for trace in self.traces
         )
 
-    def peak_row(self, ranks: Ranks, tail_ranks: Ranks = 0) -> NDArray[np.int64]:
+    def peak_row(self, ranks: Ranks, remainder_ranks: Ranks = 0) -> NDArray[np.int64]:
         """Linear form of the phase that takes most at these ranks: (variables,)."""
         trace = max(
             self.traces,
             key=lambda trace: (
-                trace.peak_live(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
-                + self._resting(trace, ranks, tail_ranks)
+                trace.peak_live(
+                    ranks, remainder_ranks=remainder_ranks, calibration=self.calibration
+                )
+                + self._resting(trace, ranks, remainder_ranks)
             ),
         )
-        row = trace.peak_row(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
+        row = trace.peak_row(ranks, remainder_ranks=remainder_ranks, calibration=self.calibration)
         total: NDArray[np.int64] = row + self._resting_state(trace)
         return total
 
     def replays(
-        self, ranks: Ranks, tail_ranks: Ranks = 0, *, cap_bytes: int | None = None
+        self, ranks: Ranks, remainder_ranks: Ranks = 0, *, cap_bytes: int | None = None
     ) -> list[Replay]:
         """Replay of each phase; ``cap_bytes`` is the allocator's, without the context."""
-        return [self._replay(phase, ranks, tail_ranks, cap_bytes) for phase in self._phases]
+        return [self._replay(phase, ranks, remainder_ranks, cap_bytes) for phase in self._phases]
 
-    def expected(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> int:
+    def expected(self, ranks: Ranks, remainder_ranks: Ranks, budget_bytes: int) -> int:
         """Peak of the training process in bytes, CUDA context included."""
         if not self.reserves:
-            return self.live(ranks, tail_ranks)
+            return self.live(ranks, remainder_ranks)
         context, cap = self.calibration.outside, budget_bytes - self.calibration.outside
         if cap > 0:
             # Under a cap the allocator gives cached segments back, and may get by.
-            replays = self.replays(ranks, tail_ranks, cap_bytes=cap)
+            replays = self.replays(ranks, remainder_ranks, cap_bytes=cap)
             if all(result.survived for result in replays):
                 return context + max(result.reserved for result in replays)
-        return context + max(result.reserved for result in self.replays(ranks, tail_ranks))
+        return context + max(result.reserved for result in self.replays(ranks, remainder_ranks))
 
-    def holds(self, ranks: Ranks, tail_ranks: Ranks, budget_bytes: int) -> bool:
+    def holds(self, ranks: Ranks, remainder_ranks: Ranks, budget_bytes: int) -> bool:
         """Say whether these ranks train within a budget."""
         cap = budget_bytes - self.calibration.outside
-        if cap <= 0 or self.live(ranks, tail_ranks) > cap:
+        if cap <= 0 or self.live(ranks, remainder_ranks) > cap:
             return False
-        return not self.reserves or self._survives(ranks, tail_ranks, cap)
+        return not self.reserves or self._survives(ranks, remainder_ranks, cap)
 
     def largest(self, limit: int, budget_bytes: int, *, total_rank: int = 0) -> int:
         """Largest rank up to ``limit``, the same in every module, within a budget; 0 = none.
@@ -192,7 +194,7 @@ class Footprint:
         Parameters
         ----------
         total_rank : int
-            Rank of the trained adapter and the frozen tail together; 0 = no tail.
+            Rank of the trained adapter and the frozen remainder together; 0 = no remainder.
         """
         cap = budget_bytes - self.calibration.outside
         fits = self._live_up_to(limit, total_rank) <= cap
@@ -204,7 +206,7 @@ class Footprint:
         survivors = (
             rank
             for rank in reversed(candidates)
-            if self._survives(rank, _tail(rank, total_rank), cap)
+            if self._survives(rank, _remainder(rank, total_rank), cap)
         )
         return next(survivors, 0)
 
@@ -221,7 +223,7 @@ class Footprint:
             self._caps_up_to(limit, total_rank)
 
     def breakdown(
-        self, ranks: Ranks, tail_ranks: Ranks = 0, *, cap_bytes: int | None = None
+        self, ranks: Ranks, remainder_ranks: Ranks = 0, *, cap_bytes: int | None = None
     ) -> Breakdown:
         """Categories of the phase that takes most.
 
@@ -229,12 +231,14 @@ class Footprint:
         what rounding and blocks that are not split add goes to ``forward``. ``cap_bytes`` is the
         allocator's, without the context.
         """
-        replays = self.replays(ranks, tail_ranks, cap_bytes=cap_bytes) if self.reserves else []
+        replays = self.replays(ranks, remainder_ranks, cap_bytes=cap_bytes) if self.reserves else []
         blocks = tuple(replay.allocated for replay in replays)
-        key = (self._key(ranks), self._key(tail_ranks), blocks)
+        key = (self._key(ranks), self._key(remainder_ranks), blocks)
         if key not in self._breakdowns:
             splits = [
-                trace.breakdown(ranks, tail_ranks=tail_ranks, calibration=self.calibration)
+                trace.breakdown(
+                    ranks, remainder_ranks=remainder_ranks, calibration=self.calibration
+                )
                 for trace in self.traces
             ]
             if self.reserves:
@@ -262,9 +266,9 @@ class Footprint:
         """Least cap of the allocator at the ranks 1 … limit, in bytes: (limit,)."""
 
         def attempt(rank: int, cap_bytes: int) -> tuple[bool, int]:
-            tail, reserved = _tail(rank, total_rank), 0
+            remainder, reserved = _remainder(rank, total_rank), 0
             for phase in self._phases:
-                replay = self._replay(phase, rank, tail, cap_bytes)
+                replay = self._replay(phase, rank, remainder, cap_bytes)
                 if not replay.survived:
                     return False, replay.refused
                 reserved = max(reserved, replay.reserved)
@@ -276,7 +280,7 @@ class Footprint:
 
     @cached_property
     def _forms(self) -> list[NDArray[np.int64]]:
-        """Live bytes of each phase as (bytes, per rank, per tail rank): (moments, 3)."""
+        """Live bytes of each phase as (bytes, per rank, per remainder rank): (moments, 3)."""
         forms = []
         for trace in self.traces:
             resting, count = self._resting_state(trace), len(trace.modules)
@@ -284,20 +288,23 @@ class Footprint:
             forms.append(trace.uniform(self.calibration) + np.array(rest))
         return forms
 
-    def _survives(self, ranks: Ranks, tail_ranks: Ranks, cap_bytes: int) -> bool:
+    def _survives(self, ranks: Ranks, remainder_ranks: Ranks, cap_bytes: int) -> bool:
         return all(
-            self._replay(phase, ranks, tail_ranks, cap_bytes).survived for phase in self._phases
+            self._replay(phase, ranks, remainder_ranks, cap_bytes).survived
+            for phase in self._phases
         )
 
-    def _replay(self, phase: int, ranks: Ranks, tail_ranks: Ranks, cap_bytes: int | None) -> Replay:
-        key = (phase, self._key(ranks), self._key(tail_ranks))
+    def _replay(
+        self, phase: int, ranks: Ranks, remainder_ranks: Ranks, cap_bytes: int | None
+    ) -> Replay:
+        key = (phase, self._key(ranks), self._key(remainder_ranks))
         if key not in self._courses and len(self._courses) >= KEPT:
             self._courses.clear()
         courses = self._courses.setdefault(key, Courses())
         known = courses.under(cap_bytes)
         if known is None:
             trace = self.traces[phase]
-            point = trace.point(ranks, tail_ranks, self.calibration)
+            point = trace.point(ranks, remainder_ranks, self.calibration)
             # The resting state is there before all else.
             resting = int(self._resting_state(trace) @ point)
             known = replay_fast(trace.column, trace.amount, point, trace.events, resting, cap_bytes)
@@ -317,23 +324,25 @@ class Footprint:
             return tuple(ranks.items())
         return values[0] if len(set(values)) == 1 else values
 
-    def _resting(self, trace: Trace, ranks: Ranks, tail_ranks: Ranks) -> int:
+    def _resting(self, trace: Trace, ranks: Ranks, remainder_ranks: Ranks) -> int:
         """Bytes of optimizer state of the factors that only other phases move."""
-        return int(self._resting_state(trace) @ trace.point(ranks, tail_ranks, self.calibration))
+        return int(
+            self._resting_state(trace) @ trace.point(ranks, remainder_ranks, self.calibration)
+        )
 
     def _resting_state(self, trace: Trace) -> NDArray[np.int64]:
         """Coefficients of that state: (variables,). Heads move in every phase: constants cancel."""
-        states = {each.spec.moves: each.optimizer for each in self.traces}
+        states = {each.spec.trainable: each.optimizer for each in self.traces}
         kept = states["both"] if "both" in states else np.sum(list(states.values()), axis=0)
         state: NDArray[np.int64] = kept - trace.optimizer
         state[0] = 0
         return state
 
 
-def _tail(rank: int, total_rank: int) -> int:
+def _remainder(rank: int, total_rank: int) -> int:
     return max(0, total_rank - rank)
 
 
-def tail_ranks(ranks: Mapping[str, int], total_rank: int) -> dict[str, int]:
-    """Rank of the frozen tail of each module beside its trained rank; 0 = no tail."""
-    return {module: _tail(rank, total_rank) for module, rank in ranks.items()}
+def remainder_ranks(ranks: Mapping[str, int], total_rank: int) -> dict[str, int]:
+    """Rank of the frozen remainder of each module beside its trained rank; 0 = no remainder."""
+    return {module: _remainder(rank, total_rank) for module, rank in ranks.items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rankfit.adapters.names import Moves, Rates
+from rankfit.adapters.names import Rates, Trainable
 
 #: What a client does beside plain training: ``prune`` its own rank (HetLoRA), measure ``scores``.
 Extra = Literal["prune", "scores"]
@@ -20,7 +20,7 @@ class Plan:
     ----------
     ranks : Mapping[str, int]
         Trained rank of each adapted module (names as in the base model).
-    moves : {"both", "a", "b"}
+    trainable : {"both", "a", "b"}
         Which factors are trained and returned this round.
     micro_batch, accumulation : int
         Samples per forward pass, and passes per optimizer step.
@@ -32,8 +32,8 @@ class Plan:
         What the device has for it.
     binding : str
         The constraint that kept the rank from being larger.
-    tail_rank : int
-        Total rank of the frozen second adapter plus the trained one (0 = no tail).
+    remainder_rank : int
+        Total rank of the frozen second adapter plus the trained one (0 = no remainder).
     extras : tuple[Extra, ...]
         What the client does beside plain training.
     precision : str
@@ -43,14 +43,14 @@ class Plan:
     """
 
     ranks: Mapping[str, int]
-    moves: Moves
+    trainable: Trainable
     micro_batch: int
     accumulation: int
     checkpointing: bool
     peak_bytes: int
     budget_bytes: int
     binding: Binding
-    tail_rank: int = 0
+    remainder_rank: int = 0
     extras: tuple[Extra, ...] = ()
     precision: str = "fp32"
     rates: Rates = Rates()
@@ -65,14 +65,14 @@ class Plan:
         return {
             "modules": list(self.ranks),
             "ranks": list(self.ranks.values()),
-            "moves": self.moves,
+            "trainable": self.trainable,
             "micro-batch": self.micro_batch,
             "accumulation": self.accumulation,
             "checkpointing": self.checkpointing,
             "peak-bytes": self.peak_bytes,
             "budget-bytes": self.budget_bytes,
             "binding": self.binding,
-            "tail-rank": self.tail_rank,
+            "remainder-rank": self.remainder_rank,
             "extras": ",".join(self.extras),
             "precision": self.precision,
             "rank-power": self.rates.rank_power,
@@ -87,14 +87,14 @@ class Plan:
         assert isinstance(modules, Sequence) and isinstance(ranks, Sequence)
         return cls(
             ranks=dict(zip(modules, ranks, strict=True)),
-            moves=record["moves"],  # type: ignore[arg-type]
+            trainable=record["trainable"],  # type: ignore[arg-type]
             micro_batch=record["micro-batch"],  # type: ignore[arg-type]
             accumulation=record["accumulation"],  # type: ignore[arg-type]
             checkpointing=bool(record["checkpointing"]),
             peak_bytes=record["peak-bytes"],  # type: ignore[arg-type]
             budget_bytes=record["budget-bytes"],  # type: ignore[arg-type]
             binding=record["binding"],  # type: ignore[arg-type]
-            tail_rank=record["tail-rank"],  # type: ignore[arg-type]
+            remainder_rank=record["remainder-rank"],  # type: ignore[arg-type]
             extras=tuple(str(record["extras"]).split(",")) if record["extras"] else (),  # type: ignore[arg-type]
             precision=str(record["precision"]),
             rates=Rates(  # reports of runs of older releases have none

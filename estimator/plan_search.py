@@ -6,15 +6,15 @@ from typing import Self
 
 from transformers import PreTrainedConfig
 
-from rankfit.adapters.names import Moves
+from rankfit.adapters.names import Trainable
 from rankfit.configs.learning import BITS, TORCH_ADAMW
 from rankfit.configs.settings import ConfigError, RunSettings, split_list
 from rankfit.estimator.calibration import Calibration, Profile
 from rankfit.estimator.device_report import DeviceReport
-from rankfit.estimator.memory import Footprint, tail_ranks
+from rankfit.estimator.memory import Footprint, remainder_ranks
 from rankfit.estimator.meta_kernels import kernel_family
 from rankfit.estimator.plan import Binding, Plan
-from rankfit.estimator.round_time import Pace, Payload, Work, even_rank, work_of
+from rankfit.estimator.round_time import Payload, Throughput, Work, even_rank, work_of
 from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical, inputs_of
 from rankfit.estimator.trace import Breakdown, Ranks
 from rankfit.estimator.tracer import TraceCache
@@ -146,7 +146,7 @@ def too_slow(
     report: DeviceReport,
     settings: RunSettings,
     payload: Payload,
-    phases: tuple[Moves, ...],
+    phases: tuple[Trainable, ...],
     upload: int | None,
 ) -> NothingFits:
     """A link on which the least rank does not travel in time; ``upload`` = its bound."""
@@ -156,7 +156,7 @@ def too_slow(
     seconds = plan.upload_seconds if slow == "upload" else plan.download_seconds
     per_rank = payload.bytes_per_rank()
     if slow == "upload":
-        per_rank = max(payload.bytes_per_rank(moves) for moves in phases)
+        per_rank = max(payload.bytes_per_rank(trainable) for trainable in phases)
     need = payload.head_bytes + least * per_rank
     reason = (
         f"rank {least} is {need} bytes to {slow}, which takes {need * 8e-6 / mbps:.2f} s at "
@@ -202,13 +202,15 @@ def too_large(
     return NothingFits(report.client, "memory", reason, need, report.budget_bytes)
 
 
-def too_late(report: DeviceReport, settings: RunSettings, work: Work, pace: Pace) -> NothingFits:
-    """A device at whose pace the least rank is not trained in time; ``work`` of its least step."""
+def too_late(
+    report: DeviceReport, settings: RunSettings, work: Work, throughput: Throughput
+) -> NothingFits:
+    """A device too slow to train the least rank in time; ``work`` of its least step."""
     least, allowed = settings.plan.min_rank, settings.plan.deadline_seconds
-    takes = pace.seconds(work.flops(least))
+    takes = throughput.seconds(work.flops(least))
     reason = (
-        f"{pace.examples} samples at rank {least} take {takes:.1f} s at its measured "
-        f"{pace.flops_per_second / 1e9:.1f} GFLOP/s; plan.deadline-seconds allows {allowed:g}"
+        f"{throughput.examples} samples at rank {least} take {takes:.1f} s at its measured "
+        f"{throughput.flops_per_second / 1e9:.1f} GFLOP/s; plan.deadline-seconds allows {allowed:g}"
     )
     return NothingFits(report.client, "time", reason, 0, report.budget_bytes)
 
@@ -227,9 +229,9 @@ class Estimator:
     payload : Payload
         What travels.
     settings : RunSettings
-        ``lora.rank`` is the cap; ``train``, ``plan`` and ``method.tail`` say what is allowed.
+        ``lora.rank`` is the cap; ``train``, ``plan`` and ``method.remainder`` say what is allowed.
     phases : sequence of {"both", "a", "b"}
-        What moves in the rounds of the method; a plan holds in each of them.
+        What is trained in the rounds of the method; a plan holds in each of them.
     can_checkpoint : bool
         Whether the model offers gradient checkpointing.
     traces : TraceCache, optional
@@ -247,7 +249,7 @@ class Estimator:
         payload: Payload,
         settings: RunSettings,
         *,
-        phases: Sequence[Moves] = ("both",),
+        phases: Sequence[Trainable] = ("both",),
         can_checkpoint: bool = True,
         traces: TraceCache | None = None,
     ) -> None:
@@ -294,7 +296,7 @@ class Estimator:
         config: PreTrainedConfig,
         inputs: Sequence[InputSpec],
         *,
-        phases: Sequence[Moves] = ("both",),
+        phases: Sequence[Trainable] = ("both",),
         whole_head: bool = False,
         traces: TraceCache | None = None,
         kind: models.Kind | None = None,
@@ -361,7 +363,7 @@ class Estimator:
             traces=traces,
         )
 
-    def during(self, phases: Sequence[Moves]) -> "Estimator":
+    def during(self, phases: Sequence[Trainable]) -> "Estimator":
         """The estimator of another stage of the run: the same step and traces, other phases."""
         if tuple(phases) == self.phases:
             return self
@@ -374,24 +376,24 @@ class Estimator:
         self,
         report: DeviceReport,
         *,
-        tail: bool | None = None,
+        remainder: bool | None = None,
         calibration: Calibration | None = None,
         extra_bytes: int = 0,
-        pace: Pace | None = None,
+        throughput: Throughput | None = None,
     ) -> Estimate | NothingFits:
         """Plan for one device: the first step at which ``plan.min-rank`` fits, at its largest rank.
 
         Parameters
         ----------
-        tail : bool, optional
+        remainder : bool, optional
             Whether the directions that are not trained come along, frozen, where that fits (None =
-            as ``method.tail`` says).
+            as ``method.remainder`` says).
         calibration : Calibration, optional
             In place of the terms that follow from the report.
         extra_bytes : int
             Kept free beside ``plan.margin-mib``: what this client was measured to take above its
             estimate.
-        pace : Pace, optional
+        throughput : Throughput, optional
             What this client's rounds were measured to take; ``plan.deadline-seconds`` needs it.
         """
         settings = self.settings
@@ -407,19 +409,19 @@ class Estimator:
         limit = min(value for value in (upload, download, cap) if value is not None)
         if limit < least:
             return too_slow(report, settings, self.payload, self.phases, upload)
-        wanted = settings.method.tail if tail is None else tail
-        tail = wanted and (download is None or download >= cap)
+        wanted = settings.method.remainder if remainder is None else remainder
+        remainder = wanted and (download is None or download >= cap)
         late: Step | None = None
         ways = self.steps_on(report)
         if not ways or (settings.train.autocast == "bf16" and lacks_bf16(report)):
             return no_bf16(report, settings)
         for position, step in enumerate(ways):
-            time = self.time_bound(step, pace)
+            time = self.time_bound(step, throughput)
             if time is not None and time < least:
                 late = late or step
                 continue
             most = limit if time is None else min(limit, time)
-            rank, total = self._largest(report, terms, step, most, budget, tail)
+            rank, total = self._largest(report, terms, step, most, budget, remainder)
             if rank < least:
                 continue
             bounds = Bounds(rank, upload, download, cap, time)
@@ -429,8 +431,8 @@ class Estimator:
             allocator = max(1, budget - terms.outside)
             split = footprint.breakdown(rank, max(0, total - rank), cap_bytes=allocator)
             return Estimate(report.client, plan, bounds, split, tuple(ways[:position]))
-        if late is not None and pace is not None:
-            return too_late(report, settings, self.work(late), pace)
+        if late is not None and throughput is not None:
+            return too_late(report, settings, self.work(late), throughput)
         needs = self.needs(report, calibration=terms)
         return too_large(report, least, needs, report.budget_bytes - budget)
 
@@ -438,16 +440,16 @@ class Estimator:
         """FLOPs of a step for one sample, the most over the phases."""
         if step.checkpointing not in self._works:
             spec = replace(self.spec, checkpointing=step.checkpointing)
-            phases = [replace(spec, moves=moves) for moves in self.phases]
+            phases = [replace(spec, trainable=trainable) for trainable in self.phases]
             self._works[step.checkpointing] = Work.most(work_of(phase) for phase in phases)
         return self._works[step.checkpointing]
 
-    def time_bound(self, step: Step, pace: Pace | None) -> int | None:
+    def time_bound(self, step: Step, throughput: Throughput | None) -> int | None:
         """Largest rank that is trained within ``plan.deadline-seconds``; None = no bound."""
         deadline = self.settings.plan.deadline_seconds
-        if pace is None or deadline == 0:
+        if throughput is None or deadline == 0:
             return None
-        return pace.bound(self.work(step), deadline)
+        return throughput.bound(self.work(step), deadline)
 
     def flops(self, plan: Plan) -> float:
         """FLOPs of a plan for one sample."""
@@ -478,7 +480,7 @@ class Estimator:
         _check_ranks(named, self.spec.targets)
         step = Step.of(plan)
         adapted = {module: rank for module, rank in named.items() if rank > 0}
-        total = self.settings.lora.rank if plan.tail_rank else 0
+        total = self.settings.lora.rank if plan.remainder_rank else 0
         terms, budget = self.profile.calibration(report), self._budget(report)
         return self._plan(report, terms, step, adapted, total, budget, "method")
 
@@ -487,14 +489,14 @@ class Estimator:
         report: DeviceReport,
         step: Step,
         ranks: Mapping[str, int] | None = None,
-        tail: bool = False,
+        remainder: bool = False,
         calibration: Calibration | None = None,
     ) -> Footprint:
         """Memory model of a step on a device; modules without a rank are left without adapter."""
         terms = self.profile.calibration(report) if calibration is None else calibration
         on_gpu = report.accelerator == "cuda"
         family = kernel_family(report.compute_capability) if on_gpu else ""
-        whole = (report.accelerator + family, step, tail, terms)
+        whole = (report.accelerator + family, step, remainder, terms)
         if ranks is None and whole in self._whole:
             return self._whole[whole]
         model = self.settings.model.at(step.precision)
@@ -509,20 +511,20 @@ class Estimator:
             checkpointing=step.checkpointing,
             precision=model.precision,
             quantization=model.quantization,
-            tail=tail,
+            remainder=remainder,
         )
         key = (base, terms)
         if key not in self._footprints:
             traces = tuple(
-                self.traces(replace(base, moves=moves, padded=padded))
-                for moves in self.phases
+                self.traces(replace(base, trainable=trainable, padded=padded))
+                for trainable in self.phases
                 for padded in paddings(base)
             )
             self._footprints[key] = Footprint(traces, terms)
         if ranks is None:
             self._whole[whole] = self._footprints[key]
             cap = self.settings.lora.rank
-            self._footprints[key].prepare(cap - 1 if tail else cap, cap if tail else 0)
+            self._footprints[key].prepare(cap - 1 if remainder else cap, cap if remainder else 0)
         return self._footprints[key]
 
     def _budget(self, report: DeviceReport) -> int:
@@ -535,14 +537,14 @@ class Estimator:
         step: Step,
         limit: int,
         budget: int,
-        tail: bool,
+        remainder: bool,
     ) -> tuple[int, int]:
-        """Largest rank of a step, and the total rank with a tail (0 = without)."""
+        """Largest rank of a step, and the total rank with a remainder (0 = without)."""
         cap, least = self.settings.lora.rank, self.settings.plan.min_rank
         alone = self.footprint(report, step, calibration=terms).largest(limit, budget)
-        if not tail or alone in (0, cap):
+        if not remainder or alone in (0, cap):
             return alone, 0
-        beside = self.footprint(report, step, tail=True, calibration=terms).largest(
+        beside = self.footprint(report, step, remainder=True, calibration=terms).largest(
             min(limit, cap - 1), budget, total_rank=cap
         )
         return (beside, cap) if beside >= least else (alone, 0)
@@ -557,20 +559,20 @@ class Estimator:
         budget: int,
         binding: Binding,
     ) -> Plan:
-        tails: Ranks = tail_ranks(ranks, total) if total else 0
-        tail = not isinstance(tails, int) and any(tails.values())
+        remainders: Ranks = remainder_ranks(ranks, total) if total else 0
+        remainder = not isinstance(remainders, int) and any(remainders.values())
         even = len(ranks) == len(self.spec.targets) and len(set(ranks.values())) == 1
-        footprint = self.footprint(report, step, None if even else ranks, tail, terms)
+        footprint = self.footprint(report, step, None if even else ranks, remainder, terms)
         return Plan(
             ranks=dict(ranks),
-            moves=self.phases[0],
+            trainable=self.phases[0],
             micro_batch=step.micro_batch,
             accumulation=step.accumulation,
             checkpointing=step.checkpointing,
-            peak_bytes=footprint.expected(ranks, tails, budget),
+            peak_bytes=footprint.expected(ranks, remainders, budget),
             budget_bytes=report.budget_bytes,
             binding=binding,
-            tail_rank=total if tail else 0,
+            remainder_rank=total if remainder else 0,
             precision=step.precision,
         )
 

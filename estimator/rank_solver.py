@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from rankfit.adapters.names import Moves
+from rankfit.adapters.names import Trainable
 from rankfit.estimator.memory import Footprint
 from rankfit.estimator.round_time import Payload, link_bytes
 
@@ -152,7 +152,7 @@ def best_ranks(
     least: int = 1,
     upload: tuple[float, float] = (0.0, 0.0),
     download: tuple[float, float] = (0.0, 0.0),
-    phases: Sequence[Moves] = ("both",),
+    phases: Sequence[Trainable] = ("both",),
 ) -> Allocation | None:
     """Ranks of greatest total worth that one device can train; None = not even ``least``.
 
@@ -213,14 +213,14 @@ def _links(
     modules: Sequence[str],
     upload: tuple[float, float],
     download: tuple[float, float],
-    phases: Sequence[Moves],
+    phases: Sequence[Trainable],
 ) -> list[Limit]:
     limits = []
     for (seconds, mbps), moves_of in ((upload, phases), (download, ("both",))):
         if seconds == 0 or mbps == 0:
             continue
-        for moves in moves_of:
-            prices = [float(payload.direction_bytes(module, moves)) for module in modules]
+        for trainable in moves_of:
+            prices = [float(payload.direction_bytes(module, trainable)) for module in modules]
             budget = link_bytes(seconds, mbps) - payload.head_bytes
             limits.append(Limit(np.array(prices), budget))
     return limits

@@ -362,7 +362,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def record(
-    spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
+    spec: StepSpec, ranks: Mapping[str, int], remainder_ranks: Mapping[str, int] | None = None
 ) -> Recording:
     """Run the training step of a spec on the meta device at these ranks.
 
@@ -374,7 +374,7 @@ def record(
     ModelError
         If the model cannot be built or adapted.
     """
-    model = build(spec, ranks, tail_ranks)
+    model = build(spec, ranks, remainder_ranks)
     recorder = Recorder(spec)
     recorder.baseline(model)
     trained = [recorder.index(p) for p in model.parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ from typing import Self
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankfit.adapters.names import Moves
+from rankfit.adapters.names import Trainable
 from rankfit.adapters.wire import HEAD_BYTES, SCALE_BYTES, WIRE_BYTES
 from rankfit.estimator.depth import depth_of, shallow
 from rankfit.estimator.meta_kernels import kernels
@@ -86,28 +86,28 @@ class Payload:
         """Bytes of the trained head, whatever the rank."""
         return self.head_values * HEAD_BYTES[self.wire_dtype]
 
-    def bytes_per_rank(self, moves: Moves = "both") -> int:
+    def bytes_per_rank(self, trainable: Trainable = "both") -> int:
         """Bytes of the factors that move, for one unit of rank in every module."""
-        return sum(self.direction_bytes(module, moves) for module in self.shapes)
+        return sum(self.direction_bytes(module, trainable) for module in self.shapes)
 
-    def direction_bytes(self, module: str, moves: Moves = "both") -> int:
+    def direction_bytes(self, module: str, trainable: Trainable = "both") -> int:
         """Bytes of one unit of rank of a module, in the factors that move."""
         d, k = self.shapes[module]
-        lengths = {"both": (d, k), "b": (d,), "a": (k,)}[moves]
+        lengths = {"both": (d, k), "b": (d,), "a": (k,)}[trainable]
         number, scale = WIRE_BYTES[self.wire_dtype], SCALE_BYTES[self.wire_dtype]
         return sum(length * number + scale for length in lengths)
 
     def upload_bound(
-        self, seconds: float, mbps: float, phases: Sequence[Moves] = ("both",)
+        self, seconds: float, mbps: float, phases: Sequence[Trainable] = ("both",)
     ) -> int | None:
         """Largest uniform rank that comes back in time in every phase; None = no bound."""
-        per_rank = max(self.bytes_per_rank(moves) for moves in phases)
+        per_rank = max(self.bytes_per_rank(trainable) for trainable in phases)
         return rank_bound(seconds, mbps, per_rank, fixed_bytes=self.head_bytes)
 
     def download_bound(self, seconds: float, mbps: float) -> int | None:
         """Largest uniform rank that goes out in time, both factors whatever moves.
 
-        With a tail the client gets the whole global rank: this bound must then reach that rank.
+        With a remainder the client gets the whole global rank, which this bound must then reach.
         """
         return rank_bound(seconds, mbps, self.bytes_per_rank(), fixed_bytes=self.head_bytes)
 
@@ -143,7 +143,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """What a client's rounds were measured to take.
 
     Attributes
@@ -160,8 +160,8 @@ class Pace:
     def __post_init__(self) -> None:
         if not (self.flops_per_second > 0 and self.examples > 0):
             raise ValueError(
-                f"a pace of {self.flops_per_second} FLOP/s over {self.examples} samples; expected "
-                "figures above 0"
+                f"a throughput of {self.flops_per_second} FLOP/s over {self.examples} samples; "
+                "expected figures above 0"
             )
 
     def seconds(self, flops: float) -> float:
@@ -186,7 +186,7 @@ def work_of(spec: StepSpec) -> Work:
     """
     # FLOPs are alike on all devices; the kernels of a GPU are those that the counter knows.
     spec = replace(spec, accelerator="cuda", family="8.0", quantization="none", autocast="none")
-    spec = replace(spec, micro_batch=2, accumulates=False, tail=False)
+    spec = replace(spec, micro_batch=2, accumulates=False, remainder=False)
     one, two = (_flops(spec, rank) for rank in (1, 2))
     return Work(one - (two - one), two - one)
 

@@ -96,7 +96,7 @@ def _type_of(spec: StepSpec, item: InputSpec) -> torch.dtype:
 
 
 def build(
-    spec: StepSpec, ranks: Mapping[str, int], tail_ranks: Mapping[str, int] | None = None
+    spec: StepSpec, ranks: Mapping[str, int], remainder_ranks: Mapping[str, int] | None = None
 ) -> PeftModel:
     """Build base, adapters and heads of a step on the meta device, in training mode.
 
@@ -119,12 +119,17 @@ def build(
     if spec.quantization != "none":
         quantize(base, spec)
     model = models.inject(
-        base, ranks, scale=1.0, dropout=spec.dropout, heads=spec.heads, tail_ranks=tail_ranks
+        base,
+        ranks,
+        scale=1.0,
+        dropout=spec.dropout,
+        heads=spec.heads,
+        remainder_ranks=remainder_ranks,
     )
     if spec.quantization != "none":
         adapt(model)
-    if spec.moves != "both":
-        train_only(model, spec.moves)
+    if spec.trainable != "both":
+        train_only(model, spec.trainable)
     if spec.checkpointing:
         with warnings.catch_warnings():
             # transformers 5.23 renamed it; older ones that we support lack the new name.

@@ -8,7 +8,7 @@ from typing import get_args
 
 import torch
 
-from rankfit.adapters.names import Moves
+from rankfit.adapters.names import Trainable
 from rankfit.configs.learning import Autocast, Optimizer, Precision, Quantization
 from rankfit.estimator.device_report import Accelerator
 from rankfit.tasks.base_model import Kind
@@ -77,9 +77,9 @@ class StepSpec:
         More than one forward pass per optimizer step: gradients outlive a pass.
     dropout : float
         LoRA dropout.
-    moves : {"both", "a", "b"}
+    trainable : {"both", "a", "b"}
         Factors that are trained.
-    tail : bool
+    remainder : bool
         A frozen second adapter beside the trained one.
     padded : bool
         Text batches hold padding, so that attention gets a mask.
@@ -108,8 +108,8 @@ class StepSpec:
     checkpointing: bool = False
     accumulates: bool = False
     dropout: float = 0.0
-    moves: Moves = "both"
-    tail: bool = False
+    trainable: Trainable = "both"
+    remainder: bool = False
     padded: bool = True
     clips: bool = False
     whole_head: bool = False
@@ -123,7 +123,7 @@ class StepSpec:
             "quantization": (self.quantization, get_args(Quantization)),
             "autocast": (self.autocast, get_args(Autocast)),
             "optimizer": (self.optimizer, get_args(Optimizer)),
-            "moves": (self.moves, ("both", "a", "b")),
+            "trainable": (self.trainable, ("both", "a", "b")),
         }
         for field, (value, allowed) in choices.items():
             if value not in allowed:

@@ -46,8 +46,8 @@ class Breakdown:
 class Trace:
     """Allocation events of one training step, each in proportion to one variable.
 
-    The variables are 1, the rank of each target, the tail's rank of each target, and the terms of
-    the calibration (workspace, scratch).
+    The variables are 1, the rank of each target, the remainder's rank of each, and the terms of the
+    calibration (workspace, scratch).
 
     Attributes
     ----------
@@ -116,31 +116,31 @@ class Trace:
         self,
         ranks: Ranks,
         *,
-        tail_ranks: Ranks = 0,
+        remainder_ranks: Ranks = 0,
         calibration: Calibration = NO_TERMS,
     ) -> int:
         """Peak of live bytes at these ranks (an int = the same for every module)."""
-        return int(self.live(self.point(ranks, tail_ranks, calibration)).max())
+        return int(self.live(self.point(ranks, remainder_ranks, calibration)).max())
 
     def peak_row(
         self,
         ranks: Ranks,
         *,
-        tail_ranks: Ranks = 0,
+        remainder_ranks: Ranks = 0,
         calibration: Calibration = NO_TERMS,
     ) -> Array:
         """Linear form that peaks at these ranks, and is at most the peak at any: (variables,)."""
-        return self.row(int(self.live(self.point(ranks, tail_ranks, calibration)).argmax()))
+        return self.row(int(self.live(self.point(ranks, remainder_ranks, calibration)).argmax()))
 
     def prices(
         self,
         ranks: Ranks = 1,
         *,
-        tail_ranks: Ranks = 0,
+        remainder_ranks: Ranks = 0,
         calibration: Calibration = NO_TERMS,
     ) -> dict[str, int]:
         """Bytes per unit of rank of each module, at the peak that these ranks have."""
-        row = self.peak_row(ranks, tail_ranks=tail_ranks, calibration=calibration)
+        row = self.peak_row(ranks, remainder_ranks=remainder_ranks, calibration=calibration)
         return dict(zip(self.modules, row[1 : 1 + len(self.modules)].tolist(), strict=True))
 
     def price(self, module: str, ranks: Ranks = 1) -> int:
@@ -153,11 +153,11 @@ class Trace:
         self,
         ranks: Ranks,
         *,
-        tail_ranks: Ranks = 0,
+        remainder_ranks: Ranks = 0,
         calibration: Calibration = NO_TERMS,
     ) -> Breakdown:
         """Split the peak into its categories."""
-        point = self.point(ranks, tail_ranks, calibration)
+        point = self.point(ranks, remainder_ranks, calibration)
         live = self.live(point)
         parameters, gradients, optimizer = (
             int(category @ point) for category in (self.parameters, self.gradients, self.optimizer)
@@ -170,7 +170,7 @@ class Trace:
         return Breakdown(parameters, forward, gradients, optimizer, overhead)
 
     def uniform(self, calibration: Calibration = NO_TERMS) -> Array:
-        """Live bytes as (bytes, per rank, per tail rank), the same rank in every module.
+        """Live bytes as (bytes, per rank, per remainder rank), the same rank in every module.
 
         Only moments that can be the peak: (moments, 3).
         """
@@ -200,7 +200,7 @@ class Trace:
         np.add.at(row, self.column[allocations], self.amount[allocations])
         return row
 
-    def point(self, ranks: Ranks, tail_ranks: Ranks, calibration: Calibration) -> Array:
+    def point(self, ranks: Ranks, remainder_ranks: Ranks, calibration: Calibration) -> Array:
         """Values of the variables: (variables,).
 
         Raises
@@ -209,11 +209,11 @@ class Trace:
             For a rank below 1, or ranks of other modules than the spec's targets.
         """
         trained = self._vector(ranks, 1, "rank")
-        tail = self._vector(tail_ranks, 0, "tail rank")
-        if not self.spec.tail and any(tail):
-            raise ValueError("this step was traced without a tail; set tail=True in its spec")
+        remainder = self._vector(remainder_ranks, 0, "remainder rank")
+        if not self.spec.remainder and any(remainder):
+            raise ValueError("this step was traced without a remainder; set remainder=True")
         terms = (calibration.cublas_workspace, calibration.attention_scratch)
-        return np.array([1, *trained, *tail, *terms], dtype=np.int64)
+        return np.array([1, *trained, *remainder, *terms], dtype=np.int64)
 
     def _vector(self, ranks: Ranks, least: int, what: str) -> list[int]:
         named = dict.fromkeys(self.modules, ranks) if isinstance(ranks, int) else ranks
@@ -291,7 +291,7 @@ def solve(spec: StepSpec, batches: tuple[int, int]) -> StepFamily:
     ModelError
         If the model cannot be built or adapted.
     """
-    count = len(spec.targets) * (2 if spec.tail else 1)
+    count = len(spec.targets) * (2 if spec.remainder else 1)
     primes = list(islice(_primes(), 2 * count))
     values = (primes[::2], primes[1::2])
     one, two = (
@@ -345,8 +345,8 @@ def _ratios(
 
 def _record_at(spec: StepSpec, values: Sequence[int]) -> Recording:
     ranks = dict(zip(spec.targets, values, strict=False))
-    tail = dict(zip(spec.targets, values[len(spec.targets) :], strict=False))
-    return record(spec, ranks, tail or None)
+    remainder = dict(zip(spec.targets, values[len(spec.targets) :], strict=False))
+    return record(spec, ranks, remainder or None)
 
 
 def _primes() -> Iterator[int]:

@@ -208,7 +208,7 @@ def export(run: SavedRun, folder: Path, *, merged: bool, head: Adapter | None = 
 def whole_adapter(run: SavedRun, head: Adapter | None) -> tuple[Adapter, tuple[str, ...]]:
     """The adapter with the head that belongs to it, and the head's modules.
 
-    A head that was frozen at its random start is part of what was learnt: without it, another
+    A head that was frozen at its random start is part of what was learned: without it, another
     process would draw another.
     """
     if head is not None:

@@ -12,12 +12,12 @@ from itertools import combinations
 
 import numpy as np
 
-from rankfit.adapters.names import Moves
+from rankfit.adapters.names import Trainable
 from rankfit.configs.settings import ConfigError, RunSettings, derive
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import MIB, Estimator, Step
-from rankfit.estimator.round_time import Pace, link_bytes
+from rankfit.estimator.round_time import Throughput, link_bytes
 
 #: Shares of the ranks asked for that are tried, from all of them down.
 _SHARES = [1 - 0.05 * i for i in range(20)]
@@ -37,7 +37,7 @@ class Budget:
         What fits at its largest rank in all modules: its micro-batch and checkpointing are kept.
     folded : bool
         Whether a frozen change of the base travels along, of rank up to min(d, k).
-    pace : Pace or None
+    throughput : Throughput or None
         What its rounds were measured to take (None = not measured, or no deadline).
     """
 
@@ -45,7 +45,7 @@ class Budget:
     report: DeviceReport
     plan: Plan
     folded: bool
-    pace: Pace | None = None
+    throughput: Throughput | None = None
 
     def fit(self, ranks: Mapping[str, int]) -> Plan | None:
         """The plan at these ranks, or at the largest share of them that fits; None = nothing does.
@@ -60,12 +60,12 @@ class Budget:
         # What fits in all modules fits in some of them.
         return self._try({m: min(rank, self.plan.rank) for m, rank in ranks.items() if rank > 0})
 
-    def upload_bytes(self, ranks: Mapping[str, int], phases: Sequence[Moves]) -> int:
+    def upload_bytes(self, ranks: Mapping[str, int], phases: Sequence[Trainable]) -> int:
         """Bytes that come back in the largest of the phases, head included."""
         payload = self.estimator.payload
         return payload.head_bytes + max(
-            sum(rank * payload.direction_bytes(module, moves) for module, rank in ranks.items())
-            for moves in phases
+            sum(rank * payload.direction_bytes(module, trainable) for module, rank in ranks.items())
+            for trainable in phases
         )
 
     def download_bytes(self, ranks: Mapping[str, int]) -> int:
@@ -77,13 +77,15 @@ class Budget:
         )
 
     def frozen(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """Largest rank of the frozen directions beside these: the fold's, the tail's, or none."""
+        """Largest rank of the frozen directions beside these: of a fold or a remainder, or none."""
         shapes = self.estimator.payload.shapes
         if self.folded:
             return {module: min(shape) for module, shape in shapes.items()}
-        if not self.plan.tail_rank:
+        if not self.plan.remainder_rank:
             return {}
-        return {module: max(0, self.plan.tail_rank - ranks.get(module, 0)) for module in shapes}
+        return {
+            module: max(0, self.plan.remainder_rank - ranks.get(module, 0)) for module in shapes
+        }
 
     @cached_property
     def memory_bytes(self) -> int:
@@ -112,15 +114,15 @@ class Budget:
     def _in_time(self, ranks: Mapping[str, int]) -> bool:
         """Whether these ranks are trained within ``plan.deadline-seconds``."""
         deadline = self.estimator.settings.plan.deadline_seconds
-        if self.pace is None or deadline == 0:
+        if self.throughput is None or deadline == 0:
             return True
         flops = self.estimator.flops(replace(self.plan, ranks=dict(ranks)))
-        return self.pace.seconds(flops) <= deadline
+        return self.throughput.seconds(flops) <= deadline
 
     def _price(self, ranks: Mapping[str, int], whole: bool) -> Plan:
         """The plan at ranks, with its expected peak."""
         frozen = self.frozen(ranks)
-        planned = self.estimator.lower(self.report, replace(self.plan, tail_rank=0), ranks)
+        planned = self.estimator.lower(self.report, replace(self.plan, remainder_rank=0), ranks)
         if not frozen:
             return planned
         if not self.folded and whole:
@@ -128,10 +130,10 @@ class Budget:
         # The memory model knows no module with a frozen adapter alone: rank 1 stands in for 0.
         stand_in = {m: max(1, ranks.get(m, 0)) for m in self.estimator.spec.targets}
         step = Step.of(planned)
-        footprint = self.estimator.footprint(self.report, step, stand_in, tail=True)
+        footprint = self.estimator.footprint(self.report, step, stand_in, remainder=True)
         peak = footprint.expected(stand_in, frozen, self.memory_bytes)
         total = max(ranks.get(m, 0) + rank for m, rank in frozen.items())
-        return replace(planned, peak_bytes=peak, tail_rank=total)
+        return replace(planned, peak_bytes=peak, remainder_rank=total)
 
 
 def _travels(nbytes: int, seconds: float, mbps: float) -> bool:
@@ -146,7 +148,7 @@ Ranks = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True)
-class Choice:
+class AllocationContext:
     """What an allocation knows.
 
     Attributes
@@ -208,7 +210,7 @@ class Allocation(ABC):
     """Who trains which rank of which module."""
 
     @abstractmethod
-    def ranks(self, choice: Choice) -> Ranks:
+    def ranks(self, context: AllocationContext) -> Ranks:
         """Ranks of every client; one that is absent, or all at 0, takes no part.
 
         Raises
@@ -230,40 +232,40 @@ def renewed(server_round: int, settings: RunSettings) -> bool:
 class OwnRank(Allocation):
     """Each client trains the largest rank that it can, in all modules."""
 
-    def ranks(self, choice: Choice) -> Ranks:
+    def ranks(self, context: AllocationContext) -> Ranks:
         """See the base class."""
         return {
-            client: dict.fromkeys(choice.modules, rank) for client, rank in choice.largest.items()
+            client: dict.fromkeys(context.modules, rank) for client, rank in context.largest.items()
         }
 
 
 class OneRank(Allocation):
     """Everybody trains the rank of the weakest: averaging of factors needs one rank."""
 
-    def ranks(self, choice: Choice) -> Ranks:
+    def ranks(self, context: AllocationContext) -> Ranks:
         """See the base class."""
-        weakest = min(choice.largest.values(), default=0)
-        if len(set(choice.largest.values())) > 1:
+        weakest = min(context.largest.values(), default=0)
+        if len(set(context.largest.values())) > 1:
             log.info(
                 "one rank for all: %d, what the weakest of the clients can train (others: up to "
-                "%d)", weakest, max(choice.largest.values()),
+                "%d)", weakest, max(context.largest.values()),
             )  # fmt: skip
-        return {client: dict.fromkeys(choice.modules, weakest) for client in choice.largest}
+        return {client: dict.fromkeys(context.modules, weakest) for client in context.largest}
 
 
 class OnlyFullRank(Allocation):
     """Only clients that can train the global rank take part."""
 
-    def ranks(self, choice: Choice) -> Ranks:
+    def ranks(self, context: AllocationContext) -> Ranks:
         """See the base class."""
-        able = [c for c, rank in choice.largest.items() if rank >= choice.global_rank]
-        if choice.largest and not able:
+        able = [c for c, rank in context.largest.items() if rank >= context.global_rank]
+        if context.largest and not able:
             raise ConfigError(
-                f"no client can train lora.rank {choice.global_rank}, the largest is "
-                f"{max(choice.largest.values())}; lower lora.rank, or choose a method for mixed "
+                f"no client can train lora.rank {context.global_rank}, the largest is "
+                f"{max(context.largest.values())}; lower lora.rank, or choose a method for mixed "
                 "ranks"
             )
-        return {client: dict.fromkeys(choice.modules, choice.global_rank) for client in able}
+        return {client: dict.fromkeys(context.modules, context.global_rank) for client in able}
 
 
 class TopLayersRising(Allocation):
@@ -274,22 +276,22 @@ class TopLayersRising(Allocation):
     (arXiv:2412.20004). A budget below the top layer's rank goes to that layer alone.
     """
 
-    def ranks(self, choice: Choice) -> Ranks:
+    def ranks(self, context: AllocationContext) -> Ranks:
         """See the base class."""
-        count, rank = len(choice.layers), choice.global_rank
+        count, rank = len(context.layers), context.global_rank
         wanted = [max(1, round(rank * (layer + 1) / count)) for layer in range(count)]
-        return {client: choice.spread(self._take(choice, client, wanted)) for client in
-                choice.largest}  # fmt: skip
+        return {client: context.spread(self._take(context, client, wanted)) for client in
+                context.largest}  # fmt: skip
 
     @staticmethod
-    def _take(choice: Choice, client: str, wanted: list[int]) -> dict[int, int]:
-        left, taken = choice.budget(client), {}
+    def _take(context: AllocationContext, client: str, wanted: list[int]) -> dict[int, int]:
+        left, taken = context.budget(client), {}
         for layer in reversed(range(len(wanted))):
             if wanted[layer] > left:
                 break
             taken[layer] = wanted[layer]
             left -= wanted[layer]
-        return taken or {len(wanted) - 1: min(left, choice.global_rank)}
+        return taken or {len(wanted) - 1: min(left, context.global_rank)}
 
 
 #: HRALoRA: relative probability of a layer by the cluster of its score, from the lowest.
@@ -359,27 +361,27 @@ class WholeLayers(Allocation):
     A budget below one layer at that rank is one layer at a lower one.
     """
 
-    def ranks(self, choice: Choice) -> Ranks:
+    def ranks(self, context: AllocationContext) -> Ranks:
         """See the base class."""
         result = {}
-        for client in choice.largest:
-            budget, layers = choice.budget(client), len(choice.layers)
-            count = min(layers, max(1, budget // choice.global_rank))
-            rank = min(choice.global_rank, budget // count)
-            result[client] = choice.spread(dict.fromkeys(self.pick(choice, client, count), rank))
+        for client in context.largest:
+            budget, layers = context.budget(client), len(context.layers)
+            count = min(layers, max(1, budget // context.global_rank))
+            rank = min(context.global_rank, budget // count)
+            result[client] = context.spread(dict.fromkeys(self.pick(context, client, count), rank))
         return result
 
     @abstractmethod
-    def pick(self, choice: Choice, client: str, count: int) -> list[int]:
+    def pick(self, context: AllocationContext, client: str, count: int) -> list[int]:
         """Layers of one client."""
 
 
 class LayersByFisher(WholeLayers):
     """FIM-HLA: layers drawn with chances in proportion to their Fisher scores."""
 
-    def pick(self, choice: Choice, client: str, count: int) -> list[int]:
+    def pick(self, context: AllocationContext, client: str, count: int) -> list[int]:
         """See the base class."""
-        return draw_layers(choice.layer_scores, count, choice.seed(client))
+        return draw_layers(context.layer_scores, count, context.seed(client))
 
     def scored(self, server_round: int, settings: RunSettings) -> bool:
         """See the base class."""
@@ -389,18 +391,18 @@ class LayersByFisher(WholeLayers):
 class LayersByPattern(WholeLayers):
     """GD-HLA: the layers that are heaviest in ``method.pattern``."""
 
-    def pick(self, choice: Choice, client: str, count: int) -> list[int]:
+    def pick(self, context: AllocationContext, client: str, count: int) -> list[int]:
         """See the base class."""
-        return heaviest(choice.settings.method.pattern, len(choice.layers), count)
+        return heaviest(context.settings.method.pattern, len(context.layers), count)
 
 
 class LayersDrawnByPattern(WholeLayers):
     """RGD-HLA: layers drawn with ``method.pattern`` as the prior."""
 
-    def pick(self, choice: Choice, client: str, count: int) -> list[int]:
+    def pick(self, context: AllocationContext, client: str, count: int) -> list[int]:
         """See the base class."""
-        weights = pattern_weights(choice.settings.method.pattern, len(choice.layers))
-        return draw_layers(weights, count, choice.seed(client))
+        weights = pattern_weights(context.settings.method.pattern, len(context.layers))
+        return draw_layers(weights, count, context.seed(client))
 
 
 @dataclass(frozen=True)
@@ -414,14 +416,14 @@ class FisherShares(Allocation):
     left over goes to the highest scores first (CCGrid 2026).
     """
 
-    def ranks(self, choice: Choice) -> Ranks:
+    def ranks(self, context: AllocationContext) -> Ranks:
         """See the base class."""
-        if choice.round <= choice.settings.method.warm_up_rounds:
-            return OwnRank().ranks(choice)
-        largest = max(choice.largest.values(), default=0)
+        if context.round <= context.settings.method.warm_up_rounds:
+            return OwnRank().ranks(context)
+        largest = max(context.largest.values(), default=0)
         return {
-            client: choice.spread(self._client(choice, client, rank / largest))
-            for client, rank in choice.largest.items()
+            client: context.spread(self._client(context, client, rank / largest))
+            for client, rank in context.largest.items()
             if rank > 0
         }
 
@@ -431,12 +433,12 @@ class FisherShares(Allocation):
         return after >= 1 and renewed(after, settings)
 
     @staticmethod
-    def _client(choice: Choice, client: str, ratio: float) -> dict[int, int]:
-        scores, budget, cap = choice.layer_scores, choice.budget(client), choice.global_rank
+    def _client(context: AllocationContext, client: str, ratio: float) -> dict[int, int]:
+        scores, budget, cap = context.layer_scores, context.budget(client), context.global_rank
         least = min(-(-cap // 5), budget)
         count = min(max(1, math.ceil(ratio * len(scores) - 1e-9)), max(1, budget // least))
         weights = [CLUSTER_WEIGHTS[c] for c in clusters(scores, len(CLUSTER_WEIGHTS))]
-        layers = draw_layers(weights, count, choice.seed(client))
+        layers = draw_layers(weights, count, context.seed(client))
         shares = shared_ranks([scores[layer] for layer in layers], budget, least, cap)
         return dict(zip(layers, shares, strict=True))
 

@@ -102,7 +102,7 @@ class Diagnosis:
     def figures(
         self, merged: Adapter, residual: Adapter | None, after: Adapter
     ) -> dict[str, float]:
-        """Figures of the round, from the merge, what it folded, and all that was learnt by then.
+        """Figures of the round, from the merge, what it folded, and all that was learned by then.
 
         ``truncation-error``: mean over the clients of ‖ΔW − start‖/‖ΔW‖. ``mean-error``: distance
         of the merge (with what was folded) from M = Σ w·s·B·A, relative to M. ``change-error``: the

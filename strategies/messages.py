@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from rankfit.adapters.adapter import Adapter
-from rankfit.adapters.delta import Prints, leave_out, prints
+from rankfit.adapters.delta import ContentHashes, content_hashes, encode_delta
 from rankfit.adapters.wire import encode, round_trip
 from rankfit.configs.protocol import ADAPTER, DELTA, EVALUATE, PLAN, TRAIN, Instruction
 from rankfit.configs.settings import RunSettings, derive
@@ -47,13 +47,13 @@ def origin(message: Message) -> ConfigRecord:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class EncodedShare:
     """A share as it is sent, its hashes, and how far it is from the whole adapter."""
 
     share: Share
     record: ArrayRecord
     arrays: Mapping[str, NDArray[np.generic]]
-    prints: Prints
+    hashes: ContentHashes
     truncation: float
 
 
@@ -70,7 +70,7 @@ class Dispatch:
         Of the base model, a client with another base refuses; and of the run.
     number : int
         The round.
-    held : Mapping[int, Prints]
+    known : Mapping[int, ContentHashes]
         By node, hashes of what it was sent last.
     """
 
@@ -81,15 +81,15 @@ class Dispatch:
         fingerprint: str,
         identity: str,
         number: int,
-        held: Mapping[int, Prints],
+        known: Mapping[int, ContentHashes],
     ) -> None:
         self._settings = settings
         self._start = start
         self._fingerprint = fingerprint
         self._identity = identity
         self._number = number
-        self._held = held
-        self._parcels: dict[object, Parcel] = {}
+        self._known = known
+        self._encoded_shares: dict[object, EncodedShare] = {}
 
     def training(
         self,
@@ -103,18 +103,18 @@ class Dispatch:
         behind = folded and self._arrives(folded)
         assignments, outgoing = [], []
         for client, node_id, plan in clients:
-            parcel = self._parcel(sent, behind, client, plan, diagnosis)
+            encoded = self._encoded_share(sent, behind, client, plan, diagnosis)
             if diagnosis is not None:
-                diagnosis.start(parcel.truncation)
-            share = parcel.share
+                diagnosis.start(encoded.truncation)
+            share = encoded.share
             instruction = self._instruction(share.given.scale, plan, client)
             record = ConfigRecord(replace(instruction, plan=plan.to_dict()).to_dict())
-            adapter_record, extra, sent_bytes = self._without_held(parcel, node_id)
+            adapter_record, extra, sent_bytes = self._without_known(encoded, node_id)
             content = RecordDict({ADAPTER: adapter_record, PLAN: record, **extra})
             outgoing.append(self._message(content, node_id, TRAIN))
             assignments.append(
                 Assignment(
-                    client, node_id, plan, share.given, sent_bytes, share.indices, parcel.prints
+                    client, node_id, plan, share.given, sent_bytes, share.indices, encoded.hashes
                 )
             )
         return assignments, outgoing
@@ -130,36 +130,36 @@ class Dispatch:
             outgoing.append(self._message(content, node_id, EVALUATE))
         return outgoing
 
-    def _parcel(
+    def _encoded_share(
         self,
         sent: Adapter,
         folded: Adapter | None,
         client: str,
         plan: Plan,
         diagnosis: Diagnosis | None,
-    ) -> Parcel:
-        same = (tuple(plan.ranks.items()), plan.tail_rank)
+    ) -> EncodedShare:
+        same = (tuple(plan.ranks.items()), plan.remainder_rank)
         key = (same, client) if self._start.draws else same
-        if key not in self._parcels:
+        if key not in self._encoded_shares:
             seed = derive(self._settings.run.seed, "start", self._number, client)
             share = self._start.share(sent, folded, plan, seed)
             arrays = encode(share.travels.state_dict(), self._settings.wire.dtype)
-            self._parcels[key] = Parcel(
+            self._encoded_shares[key] = EncodedShare(
                 share,
                 arrays_record(arrays),
                 arrays,
-                prints(arrays) if self._settings.wire.delta else {},
+                content_hashes(arrays) if self._settings.wire.delta else {},
                 diagnosis.truncation(share, self._start.folds) if diagnosis else 0.0,
             )
-        return self._parcels[key]
+        return self._encoded_shares[key]
 
-    def _without_held(
-        self, parcel: Parcel, node_id: int
+    def _without_known(
+        self, encoded: EncodedShare, node_id: int
     ) -> tuple[ArrayRecord, dict[str, ConfigRecord], int]:
         """What is sent to a node, how it is completed there, and its bytes."""
-        sent, record, extra = parcel.arrays, parcel.record, dict[str, ConfigRecord]()
+        sent, record, extra = encoded.arrays, encoded.record, dict[str, ConfigRecord]()
         if self._settings.wire.delta:
-            fewer, places = leave_out(sent, parcel.prints, self._held.get(node_id, {}))
+            fewer, places = encode_delta(sent, encoded.hashes, self._known.get(node_id, {}))
             extra[DELTA] = ConfigRecord({**places})
             if places:
                 sent, record = fewer, arrays_record(fewer)

@@ -7,7 +7,7 @@ from functools import partial
 
 from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.merge import AverageFactors, Merge, PaddedChange, ZeroPadded
-from rankfit.adapters.names import Moves, Rates
+from rankfit.adapters.names import Rates, Trainable
 from rankfit.adapters.product_merges import (
     AverageAndResidual,
     DampedChange,
@@ -31,7 +31,7 @@ from rankfit.strategies.allocation import (
     OwnRank,
     TopLayersRising,
 )
-from rankfit.strategies.start import Drawn, Leading, LeadingOnFolded, LeadingWithTail, Start
+from rankfit.strategies.start import Drawn, Leading, LeadingOnFolded, LeadingWithRemainder, Start
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Stage:
 
     Attributes
     ----------
-    moves : {"both", "a", "b"}
+    trainable : {"both", "a", "b"}
         Factors that are trained and returned in this round.
     phases : tuple of the same
-        What moves in the rounds of this stage of the run: a plan fits each of them, so that ranks
-        do not jump from round to round.
+        What is trained in the rounds of this stage: a plan fits each of them, so that ranks do
+        not jump from round to round.
     """
 
-    moves: Moves
-    phases: tuple[Moves, ...]
+    trainable: Trainable
+    phases: tuple[Trainable, ...]
 
 
 #: (round, settings) → stage.
@@ -179,11 +179,11 @@ RANKFIT = Method(
     allocate=OwnRank(),
     schedule=both,
     merge=DampedChange,
-    start=LeadingWithTail(),
+    start=LeadingWithRemainder(),
     row_norm=1.0,
     rates=Rates(rank_power=0.25, row_step=6.0, whole_head=True),
     parts={
-        "tail": lambda method: replace(method, start=Leading()),
+        "remainder": lambda method: replace(method, start=Leading()),
         "unit-rows": lambda method: replace(method, row_norm=None),
         "damping": lambda method: replace(method, merge=MeanChange),
         "rank-rates": _without(rank_power=0.0),
@@ -265,7 +265,7 @@ EXCLUSIVE = Method(
 
 FFA_LORA = Method(
     name="ffa-lora",
-    summary="B moves, A stays at a shared random start; one rank, exact.",
+    summary="B trainable, A stays at a shared random start; one rank, exact.",
     source="FFA-LoRA (arXiv:2403.12313)",
     allocate=OneRank(),
     schedule=only_b,

@@ -6,15 +6,15 @@ from dataclasses import asdict, replace
 from statistics import median_low
 from typing import Any
 
-from rankfit.adapters.names import Moves
+from rankfit.adapters.names import Trainable
 from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.calibration import Corrections
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, NothingFits
-from rankfit.estimator.round_time import Pace
-from rankfit.strategies.allocation import Budget, Choice
+from rankfit.estimator.round_time import Throughput
+from rankfit.strategies.allocation import AllocationContext, Budget
 from rankfit.strategies.methods import Method
 
 
@@ -71,14 +71,14 @@ class Planner:
     def __init__(self, settings: RunSettings, method: Method, estimator: Estimator) -> None:
         self._settings = settings
         self._method = method
-        self._estimators: dict[tuple[Moves, ...], Estimator] = {estimator.phases: estimator}
+        self._estimators: dict[tuple[Trainable, ...], Estimator] = {estimator.phases: estimator}
         #: Bytes that a client is trusted with after it ran out of memory, by its name.
         self._ceilings: dict[str, int] = {}
         #: What kinds of devices were measured to take above their estimates.
         self.corrections = Corrections()
         self._reports: dict[str, DeviceReport] = {}
         #: What the rounds of each client were measured to take, where there is a deadline.
-        self._paces: dict[str, Pace] = {}
+        self._throughputs: dict[str, Throughput] = {}
         #: Rank that a client pruned itself to, by its name.
         self._pruned: dict[str, int] = {}
         #: Importance of each module, for methods that ask for it; empty before it is measured.
@@ -108,7 +108,7 @@ class Planner:
         fitted: dict[str, Plan] = {}
         self.refused = {}
         for client, report in limited.items():
-            fit = self._fit(estimator, report, self._paces.get(client))
+            fit = self._fit(estimator, report, self._throughputs.get(client))
             if isinstance(fit, NothingFits):
                 self.refused[client] = fit.reason
             else:
@@ -121,7 +121,9 @@ class Planner:
             raise self._nobody()
         extras = self._extras(server_round)
         stated = {
-            client: replace(plan, moves=stage.moves, extras=extras, rates=self._method.rates)
+            client: replace(
+                plan, trainable=stage.trainable, extras=extras, rates=self._method.rates
+            )
             for client, plan in plans.items()
         }
         self._last = {client: self._steady(client, plan) for client, plan in stated.items()}
@@ -147,14 +149,14 @@ class Planner:
             for client, plan in fitted.items()
         }
         modules = tuple(estimator.spec.targets)
-        choice = Choice(largest, modules, server_round, self._settings, self.scores)
+        context = AllocationContext(largest, modules, server_round, self._settings, self.scores)
         plans = {}
-        for client, ranks in self._method.allocate.ranks(choice).items():
+        for client, ranks in self._method.allocate.ranks(context).items():
             wanted = {module: rank for module, rank in ranks.items() if rank > 0}
             if not wanted:
                 continue
-            pace = self._paces.get(client)
-            plan = self._priced_at(estimator, reports[client], fitted[client], wanted, pace)
+            throughput = self._throughputs.get(client)
+            plan = self._priced_at(estimator, reports[client], fitted[client], wanted, throughput)
             if plan is None:
                 self.refused[client] = self._unaffordable(estimator, fitted[client])
             else:
@@ -179,7 +181,7 @@ class Planner:
             self.corrections.learn(self._reports[client], plan.peak_bytes, peak_bytes)
 
     def timed(self, client: str, plan: Plan, seconds: float, examples: int) -> None:
-        """Learn a client's pace from the training time of a round; for ``plan.deadline-seconds``.
+        """Learn a client's throughput from a round's time, for ``plan.deadline-seconds``.
 
         The mean with what was known, so that one slow round does not decide alone.
 
@@ -190,17 +192,17 @@ class Planner:
         """
         if not self._settings.plan.deadline_seconds or seconds <= 0 or examples <= 0:
             return
-        estimator = self._estimator(("both",) if plan.moves == "both" else (plan.moves,))
+        estimator = self._estimator(("both",) if plan.trainable == "both" else (plan.trainable,))
         flops = examples * estimator.flops(plan) / seconds
         if not 0 < flops < FASTEST:
-            log.warning("client %s: a round in %.3g s is no pace that is believed", client, seconds)
+            log.warning("client %s: a round in %.3g s is faster than is believed", client, seconds)
             return
-        pace = Pace(flops, examples)
-        known = self._paces.get(client)
+        throughput = Throughput(flops, examples)
+        known = self._throughputs.get(client)
         if known is not None:
-            mean = (pace.flops_per_second + known.flops_per_second) / 2
-            pace = Pace(mean, examples)
-        self._paces[client] = pace
+            mean = (throughput.flops_per_second + known.flops_per_second) / 2
+            throughput = Throughput(mean, examples)
+        self._throughputs[client] = throughput
 
     def kept_free(self, client: str) -> int:
         """Bytes kept free for a client beside its estimate, as its kind of device was measured."""
@@ -212,23 +214,28 @@ class Planner:
         self._pruned[client] = min(rank, self._pruned.get(client, rank))
 
     def state(self) -> dict[str, Any]:
-        """What was learnt about the fleet, for the checkpoint."""
-        learnt: dict[str, Any] = {"ceilings": dict(self._ceilings)}
+        """What was learned about the fleet, for the checkpoint."""
+        state: dict[str, Any] = {"ceilings": dict(self._ceilings)}
         if self.corrections.state():
-            learnt["corrections"] = self.corrections.state()
-        if self._paces:
-            learnt["paces"] = {client: asdict(pace) for client, pace in self._paces.items()}
+            state["corrections"] = self.corrections.state()
+        if self._throughputs:
+            state["throughputs"] = {
+                client: asdict(throughput) for client, throughput in self._throughputs.items()
+            }
         if self._pruned:
-            learnt["pruned"] = dict(self._pruned)
+            state["pruned"] = dict(self._pruned)
         if self.scores:
-            learnt["scores"] = dict(self.scores)
-        return learnt
+            state["scores"] = dict(self.scores)
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what an interrupted run had learnt."""
+        """Take over what an interrupted run had learned."""
         self._ceilings = {client: int(value) for client, value in state.get("ceilings", {}).items()}
         self.corrections.restore(state.get("corrections", {}))
-        self._paces = {client: Pace(**pace) for client, pace in state.get("paces", {}).items()}
+        self._throughputs = {
+            client: Throughput(**throughput)
+            for client, throughput in state.get("throughputs", {}).items()
+        }
         self._pruned = {client: int(rank) for client, rank in state.get("pruned", {}).items()}
         self.scores = {module: float(score) for module, score in state.get("scores", {}).items()}
 
@@ -241,7 +248,7 @@ class Planner:
         asked = ("scores",) if due and settings.method.scores == "clients" else ()
         return (*self._method.extras, *asked)
 
-    def _estimator(self, phases: tuple[Moves, ...]) -> Estimator:
+    def _estimator(self, phases: tuple[Trainable, ...]) -> Estimator:
         if phases not in self._estimators:
             self._estimators[phases] = next(iter(self._estimators.values())).during(phases)
         return self._estimators[phases]
@@ -253,34 +260,37 @@ class Planner:
         return report if free == budget else replace(report, free_bytes=free)
 
     def _fit(
-        self, estimator: Estimator, report: DeviceReport, pace: Pace | None
+        self, estimator: Estimator, report: DeviceReport, throughput: Throughput | None
     ) -> Plan | NothingFits:
         # Devices of one kind share a plan: ten thousand of them cost as much as one.
         kind = _kind(report)
-        key = (estimator.phases, kind, pace)
+        key = (estimator.phases, kind, throughput)
         if key not in self._fits:
-            if len(self._fits) >= KEPT:  # free memory and pace differ from round to round
+            if len(self._fits) >= KEPT:  # free memory and throughput differ from round to round
                 self._fits.clear()
-            fit = estimator.fit(kind, pace=pace)
+            fit = estimator.fit(kind, throughput=throughput)
             found = (
                 fit
                 if isinstance(fit, NothingFits)
-                else self._tailed(estimator, kind, fit.plan, pace)
+                else self._with_remainder(estimator, kind, fit.plan, throughput)
             )
             self._fits[key] = found
         return self._fits[key]
 
-    def _tailed(
-        self, estimator: Estimator, report: DeviceReport, plan: Plan, pace: Pace | None
+    def _with_remainder(
+        self, estimator: Estimator, report: DeviceReport, plan: Plan, throughput: Throughput | None
     ) -> Plan:
-        """The plan with a tail, where the method brings one and it costs no trained rank."""
-        if plan.tail_rank or not self._method.start.brings_tail:
+        """The plan with a remainder, where the method brings one and it costs no trained rank."""
+        if plan.remainder_rank or not self._method.start.brings_remainder:
             return plan
-        fit = estimator.fit(report, pace=pace, tail=True)
+        fit = estimator.fit(report, throughput=throughput, remainder=True)
         if isinstance(fit, NothingFits):
             return plan
         same = replace(
-            fit.plan, tail_rank=plan.tail_rank, peak_bytes=plan.peak_bytes, binding=plan.binding
+            fit.plan,
+            remainder_rank=plan.remainder_rank,
+            peak_bytes=plan.peak_bytes,
+            binding=plan.binding,
         )
         return fit.plan if same == plan else plan
 
@@ -290,14 +300,14 @@ class Planner:
         report: DeviceReport,
         plan: Plan,
         ranks: Mapping[str, int],
-        pace: Pace | None,
+        throughput: Throughput | None,
     ) -> Plan | None:
         kind = _kind(report)
-        key = (estimator.phases, kind, pace, tuple(sorted(ranks.items())))
+        key = (estimator.phases, kind, throughput, tuple(sorted(ranks.items())))
         if key not in self._priced:
             if len(self._priced) >= KEPT:
                 self._priced.clear()
-            budget = Budget(estimator, kind, plan, self._method.start.folds, pace)
+            budget = Budget(estimator, kind, plan, self._method.start.folds, throughput)
             self._priced[key] = budget.fit(ranks)
         return self._priced[key]
 

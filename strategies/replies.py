@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
 from rankfit.adapters.adapter import Adapter
-from rankfit.adapters.delta import Prints
+from rankfit.adapters.delta import ContentHashes
 from rankfit.adapters.merge import Update
 from rankfit.adapters.wire import (
     Arrays,
@@ -121,7 +121,7 @@ class Assignment:
         Bytes of adapter sent to it.
     indices : Mapping[str, Tensor]
         By module, which directions of the global adapter it was given (absent = the leading ones).
-    prints : Prints
+    hashes : ContentHashes
         Hashes of what it holds once it has answered.
     """
 
@@ -131,7 +131,7 @@ class Assignment:
     given: Adapter
     download_bytes: int
     indices: Mapping[str, Tensor] = field(default_factory=dict)
-    prints: Prints = field(default_factory=dict)
+    hashes: ContentHashes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def read_update(
     """
     record = reply.content.array_records.get(ADAPTER, ArrayRecord())
     given = _given(assignment, metrics)
-    expected = given.moving(assignment.plan.moves)
+    expected = given.moving(assignment.plan.trainable)
     try:
         state = decode_update(_arrays(record, expected, wire_type), expected, wire_type)
     except WireError as error:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from rankfit.adapters.merge import Update
-from rankfit.adapters.names import Moves
+from rankfit.adapters.names import Trainable
 from rankfit.adapters.robust import Length, geometric_median, krum, length, shortened, usual
 from rankfit.configs.settings import Server
 from rankfit.strategies.replies import Refused
@@ -96,40 +96,40 @@ class Screening:
             believed = min(believed, first)
         return replace(update, weight=believed)
 
-    def judge(self, updates: Sequence[Update], moves: Moves) -> list[Judged]:
+    def judge(self, updates: Sequence[Update], trainable: Trainable) -> list[Judged]:
         """What comes of each of these updates of a round, in their order.
 
         Parameters
         ----------
-        moves : {"both", "a", "b"}
+        trainable : {"both", "a", "b"}
             Which factors moved: changes of other ones are of other lengths.
         """
         lengths = [length(update.given, update.trained) for update in updates]
         self._seen += lengths
         asked = list(self._seen)
         if len(asked) < FEW:
-            asked += self._lengths.get(moves, [])
+            asked += self._lengths.get(trainable, [])
         judged = [self._limited(u, own, asked) for u, own in zip(updates, lengths, strict=True)]
         kept = [position for position, one in enumerate(judged) if isinstance(one, Update)]
-        self._remember(moves, [lengths[position] for position in kept])
+        self._remember(trainable, [lengths[position] for position in kept])
         for position, one in zip(kept, self._weighted([judged[p] for p in kept]), strict=True):  # type: ignore[misc]
             judged[position] = one
         return judged
 
     def state(self) -> dict[str, Any]:
-        """What was learnt, for the checkpoint."""
+        """What was learned, for the checkpoint."""
         lengths = {
-            moves: [[own.factors, own.head] for own in found]
-            for moves, found in self._lengths.items()
+            trainable: [[own.factors, own.head] for own in found]
+            for trainable, found in self._lengths.items()
         }
         return {"samples": dict(self.samples), "lengths": lengths}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what an interrupted run had learnt."""
+        """Take over what an interrupted run had learned."""
         self.samples = {client: float(count) for client, count in state.get("samples", {}).items()}
         self._lengths = {
-            moves: [Length(*map(float, own)) for own in found]
-            for moves, found in state.get("lengths", {}).items()
+            trainable: [Length(*map(float, own)) for own in found]
+            for trainable, found in state.get("lengths", {}).items()
         }
 
     def _limited(self, update: Update, own: Length, asked: Sequence[Length]) -> Judged:
@@ -177,8 +177,8 @@ class Screening:
             return [replace(u, weight=max(w, 1e-12)) for u, w in zip(capped, weights, strict=True)]
         return list(capped)
 
-    def _remember(self, moves: Moves, lengths: Sequence[Length]) -> None:
-        self._lengths[moves] = [*self._lengths.get(moves, []), *lengths][-REMEMBERED:]
+    def _remember(self, trainable: Trainable, lengths: Sequence[Length]) -> None:
+        self._lengths[trainable] = [*self._lengths.get(trainable, []), *lengths][-REMEMBERED:]
 
 
 def largest_weight(weights: Sequence[float], share: float) -> float:

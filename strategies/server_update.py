@@ -53,7 +53,7 @@ class ServerOptimizer:
         return self.first[name] / (self.second[name].sqrt() + self._server.epsilon)
 
 
-class Advance:
+class ServerUpdate:
     """Turns each round's merge into the next global adapter.
 
     Parameters
@@ -86,7 +86,7 @@ class Advance:
         self._steps = 0
 
     def __call__(self, merge: Merge) -> Adapter:
-        """The next global adapter; nothing moves in a round without updates."""
+        """The next global adapter; nothing changes in a round without updates."""
         merged = self.merged = merge.finish()
         self._steps += 1
         if merge.total > 0:

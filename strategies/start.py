@@ -42,10 +42,10 @@ class Start(ABC):
 
     #: Whether what the merge folds into the base travels to the clients as a frozen adapter.
     folds = False
-    #: Whether ``method.tail`` can give the other directions along.
-    takes_tail = True
+    #: Whether ``method.remainder`` can give the other directions along.
+    takes_remainder = True
     #: Whether they come along without being asked for, where that costs no trained rank.
-    brings_tail = False
+    brings_remainder = False
     #: Whether clients with the same ranks get different shares.
     draws = False
 
@@ -60,7 +60,7 @@ class Start(ABC):
         folded : Adapter or None
             What earlier rounds folded into the base.
         plan : Plan
-            Ranks, and whether there is a tail.
+            Ranks, and whether there is a remainder.
         seed : int
             Of this client in this round.
         """
@@ -71,27 +71,27 @@ class Start(ABC):
         Raises
         ------
         ConfigError
-            For a tail where the place of the second adapter is taken, or the scale is another.
+            For a remainder where the place of the second adapter is taken, or the scale is another.
         """
-        if settings.method.tail and not self.takes_tail:
-            raise ConfigError(f"method.tail cannot be used with {method}; set it to false")
+        if settings.method.remainder and not self.takes_remainder:
+            raise ConfigError(f"method.remainder cannot be used with {method}; set it to false")
 
 
 class Leading(Start):
-    """The first directions; with a tail (``method.tail``) all others come along, frozen."""
+    """The first directions; with ``method.remainder`` all others come along, frozen."""
 
     def share(self, sent: Adapter, folded: Adapter | None, plan: Plan, seed: int) -> Share:
         """See the base class."""
-        return Share(sent.cut(plan.ranks), sent.rest(plan.ranks) if plan.tail_rank else None)
+        return Share(sent.cut(plan.ranks), sent.rest(plan.ranks) if plan.remainder_rank else None)
 
 
-class LeadingWithTail(Leading):
+class LeadingWithRemainder(Leading):
     """The first directions, and all others along, frozen, wherever that costs no trained rank.
 
     What a weak client cannot train it still sees, so that it does not learn it once more.
     """
 
-    brings_tail = True
+    brings_remainder = True
 
 
 class LeadingOnFolded(Start):
@@ -102,7 +102,7 @@ class LeadingOnFolded(Start):
     """
 
     folds = True
-    takes_tail = False
+    takes_remainder = False
 
     def share(self, sent: Adapter, folded: Adapter | None, plan: Plan, seed: int) -> Share:
         """See the base class."""
@@ -116,7 +116,7 @@ class Drawn(Start):
     (arXiv:2501.19389). One draw serves A and B of all modules.
     """
 
-    takes_tail = False
+    takes_remainder = False
     draws = True
 
     def share(self, sent: Adapter, folded: Adapter | None, plan: Plan, seed: int) -> Share:

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from rankfit.adapters.adapter import Adapter
-from rankfit.adapters.delta import Prints
+from rankfit.adapters.delta import ContentHashes
 from rankfit.adapters.merge import Merge
 from rankfit.adapters.product_merges import Refactored, join
 from rankfit.adapters.robust import Vote
@@ -41,7 +41,7 @@ from rankfit.strategies.replies import (
     read_evaluation,
 )
 from rankfit.strategies.screening import Screening, largest_weight
-from rankfit.strategies.server_update import Advance
+from rankfit.strategies.server_update import ServerUpdate
 from rankfit.strategies.training_round import Outcome, TrainingRound, summarise
 from rankfit.tasks.lora import training_device
 from rankfit.tasks.metrics import pooled
@@ -95,7 +95,7 @@ class HeterogeneousLora(Strategy):
         self.fingerprint = fingerprint
         #: Tells this run from others of its name; clients keep their files by it.
         self.identity = secrets.token_hex(8)
-        self.advance = Advance(settings, method.start.folds)
+        self.advance = ServerUpdate(settings, method.start.folds)
         #: Figures of the last closed round; see :class:`~rankfit.strategies.diagnostics.Diagnosis`.
         self.diagnostics: dict[str, float] = {}
         self._scorer = scorer
@@ -111,7 +111,7 @@ class HeterogeneousLora(Strategy):
         #: The global adapter with which the open round began.
         self._reference = Adapter({}, settings.lora.scale, {})
         #: By node, hashes of what it was sent last and has answered.
-        self._held: dict[int, Prints] = {}
+        self._known_hashes: dict[int, ContentHashes] = {}
 
     @property
     def assignments(self) -> list[Assignment]:
@@ -181,7 +181,7 @@ class HeterogeneousLora(Strategy):
             diagnosis,
         )
         for assignment in assignments:
-            self._held.pop(assignment.node_id, None)  # until it answers
+            self._known_hashes.pop(assignment.node_id, None)  # until it answers
         return outgoing
 
     def receive(self, position: int, reply: Message) -> None:
@@ -192,7 +192,7 @@ class HeterogeneousLora(Strategy):
         current = self._current()
         if current.receive(position, reply) and not reply.has_error():
             assignment = current.assignments[position]
-            self._held[assignment.node_id] = assignment.prints
+            self._known_hashes[assignment.node_id] = assignment.hashes
 
     def close_round(self) -> tuple[Adapter, list[Outcome]]:
         """Return the next global adapter and the outcome of every sampled client, in order.
@@ -351,7 +351,7 @@ class HeterogeneousLora(Strategy):
         count = self.settings.server.clients_per_round
         if self.settings.server.sampling == "uniform":
             return sample(self.plans, count, seed)
-        # What a client has not reported is learnt from its first update; until then it counts as
+        # What a client has not reported is learned from its first update; until then it counts as
         # the mean of those that are known.
         reported = {c: self.fleet.devices[c].report.samples for c in self.plans}
         known = self.screening.samples | {c: n for c, n in reported.items() if n > 0}
@@ -361,7 +361,7 @@ class HeterogeneousLora(Strategy):
     def _dispatch(self, server_round: int) -> messages.Dispatch:
         start = self.method.start
         return messages.Dispatch(
-            self.settings, start, self.fingerprint, self.identity, server_round, self._held
+            self.settings, start, self.fingerprint, self.identity, server_round, self._known_hashes
         )
 
     def _empty_merge(self, adapter: Adapter, server_round: int) -> Merge:

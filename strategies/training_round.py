@@ -212,9 +212,9 @@ class TrainingRound:
         # smaller one must not decide for the others.
         ready = sorted(self._waiting, key=lambda own: Metric.RANK_CAP in own.metrics)
         self._waiting = []
-        moves = ready[0].assignment.plan.moves if ready else "both"
+        trainable = ready[0].assignment.plan.trainable if ready else "both"
         for own, judged in zip(
-            ready, self._screening.judge([own.update for own in ready], moves), strict=True
+            ready, self._screening.judge([own.update for own in ready], trainable), strict=True
         ):
             try:
                 if isinstance(judged, Refused):
@@ -306,7 +306,7 @@ def _dropped(
     assignment: Assignment, kind: str, reason: str, metrics: Metrics | None = None, upload: int = 0
 ) -> Outcome:
     """The outcome of a client whose update is not part of the merge."""
-    trained = assignment.given.moving(assignment.plan.moves).values()
+    trained = assignment.given.moving(assignment.plan.trainable).values()
     return Outcome(
         client=assignment.client,
         rank=assignment.plan.rank,

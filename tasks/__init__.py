@@ -1,4 +1,4 @@
-"""What is learnt: model, data, partition and metrics behind one interface; the tasks by name.
+"""What is learned: model, data, partition and metrics behind one interface; the tasks by name.
 
 Cheap to import: torch and transformers come with the first task.
 """

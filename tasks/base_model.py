@@ -26,7 +26,7 @@ from rankfit.configs.settings import Model
 from rankfit.tasks import font_vit
 from rankfit.tasks.config import hub_arguments, own_classes, read_config, unreachable
 from rankfit.tasks.kronecker import wrap
-from rankfit.tasks.lora import TAIL, TRAINED, eject, inject
+from rankfit.tasks.lora import REMAINDER, TRAINED, eject, inject
 from rankfit.tasks.model_sources import ModelError, Source, resolve_source
 from rankfit.tasks.targets import (
     NEW_MODULES,
@@ -96,7 +96,7 @@ def quantization(model: Model, source: str, kept: Sequence[str] | None = None) -
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "TAIL",
+    "REMAINDER",
     "TRAINED",
     "ModelError",
     "build_empty",

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from rankfit.tasks import prompts as commonsense
-from rankfit.tasks.lora import chunks, learnt
+from rankfit.tasks.lora import chunks, count_targets
 from rankfit.tasks.metrics import scores
 from rankfit.tasks.packing import IGNORED
 from rankfit.tasks.prompts import Passage
@@ -34,7 +34,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model on some examples of a split.
 
-    ``loss`` is the mean negative log-likelihood of a learnt token. Unless ``task.evaluate`` is
+    ``loss`` is the mean negative log-likelihood of a target token. Unless ``task.evaluate`` is
     ``loss``, ``accuracy`` is the share of right answers, the mean over the groups of the data
     (``TASK.accuracy`` of each), with the ends ``low`` and ``high`` of a 95 % interval.
 
@@ -205,12 +205,12 @@ def _token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 def _loss(
     model: nn.Module, split: Split, rows: Iterable[int], device: torch.device, size: int
 ) -> float:
-    """Mean over all learnt tokens."""
+    """Mean over all target tokens."""
     total, count = 0.0, 0
     for part in chunks(list(rows), size):
         batch = {name: tensor.to(device) for name, tensor in split.collate(part).items()}
         labels = batch.pop("labels")
         costs = _token_losses(model(**batch).logits, labels)
         total += float(costs.sum())
-        count += learnt(labels)
+        count += count_targets(labels)
     return total / max(1, count)

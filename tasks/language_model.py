@@ -60,26 +60,26 @@ class Encoder:
         everything = self._settings.task.loss == "all"
         opens, closes = self._ends(passage)
         tokens: list[int] = []
-        learnt: list[bool] = []
+        target: list[bool] = []
         last: list[int] = []
         for part in segments(passage, self._settings, self.tokenizer):
             last = self._ids(part.text)
             tokens += last
-            learnt += [part.learnt or everything] * len(last)
+            target += [part.target or everything] * len(last)
         # A text that was written with the tokens that open and close it has them once.
         if opens and tokens[:1] == opens:
-            tokens, learnt = tokens[1:], learnt[1:]
+            tokens, target = tokens[1:], target[1:]
         if closes and tokens[-1:] == closes:
-            tokens, learnt, last = tokens[:-1], learnt[:-1], last[:-1]
+            tokens, target, last = tokens[:-1], target[:-1], last[:-1]
         tokens += closes
-        learnt += [True] * len(closes)
+        target += [True] * len(closes)
         room = self._settings.data.max_length - len(opens)
         if len(tokens) > room:
             self._warn(len(tokens) + len(opens))
             answer = len(last) + len(closes)
             kept = slice(-room, None) if answer <= room else slice(-answer, room - answer or None)
-            tokens, learnt = tokens[kept], learnt[kept]
-        return Encoded((*opens, *tokens), (*(False for _ in opens), *learnt))
+            tokens, target = tokens[kept], target[kept]
+        return Encoded((*opens, *tokens), (*(False for _ in opens), *target))
 
     def prompt(self, passage: Passage, room: int) -> list[int]:
         """Encode what stands before the last answer; its start goes where it is longer."""
@@ -190,14 +190,14 @@ class LanguageTask(Task):
         return {name: TensorSpec(shape, torch.int64) for name in names}
 
     def _encoding(self) -> Encode:
-        """See the base class; a record of which nothing is learnt is refused."""
+        """See the base class; a record without a target is refused."""
         encoder = self.encoder
 
         def tokens(inputs: Sequence[Any], reading: Reading | None) -> None:
             for record in inputs:
                 encoded = encoder.example(as_passage(record, self.settings, reading))
-                if not any(encoded.learnt[1:]):
-                    raise DataError("has no token that could be learnt; expected a longer text")
+                if not any(encoded.target[1:]):
+                    raise DataError("has no token to learn; expected a longer text")
 
         return tokens
 

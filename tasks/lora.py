@@ -32,7 +32,7 @@ from rankfit.tasks.targets import is_linear, weight_shape
 from rankfit.tasks.task import Split
 
 #: The adapter that is trained, and the frozen second one.
-TRAINED, TAIL = "default", "tail"
+TRAINED, REMAINDER = "default", "remainder"
 
 
 def inject(
@@ -42,7 +42,7 @@ def inject(
     scale: float,
     dropout: float,
     heads: Sequence[str],
-    tail_ranks: Mapping[str, int] | None = None,
+    remainder_ranks: Mapping[str, int] | None = None,
 ) -> PeftModel:
     """Put LoRA adapters into a frozen base model, in place.
 
@@ -59,11 +59,11 @@ def inject(
     scale
         Multiplier of B·A, the same for every module whatever its rank.
     dropout
-        Of the trained adapter's input; the tail has none.
+        Of the trained adapter's input; the remainder has none.
     heads
         Modules trained whole beside the adapters (float32 copies); empty = head frozen.
-    tail_ranks
-        Ranks of a frozen second adapter, ``tail``, added to the first in the forward pass.
+    remainder_ranks
+        Ranks of a frozen second adapter, ``remainder``, added to the first in the forward pass.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def inject(
             f"no module has a rank above 0 (got {dict(ranks)!r}); a client that cannot train rank "
             "1 must be left out of the round"
         )
-    tail = _positive(model, tail_ranks or {})
+    remainder = _positive(model, remainder_ranks or {})
     on_meta = model.device.type == "meta"
     # PEFT would make the factors on the CPU and then skip the move to meta.
     with torch.device("meta") if on_meta else nullcontext(), warnings.catch_warnings():
@@ -85,11 +85,11 @@ def inject(
         peft_model = get_peft_model(
             model, _lora_config(trained, scale, dropout, heads), adapter_name=TRAINED
         )
-        if tail:
-            peft_model.add_adapter(TAIL, _lora_config(tail, scale, 0.0, ()))
-            peft_model.base_model.set_adapter([TRAINED, TAIL])
+        if remainder:
+            peft_model.add_adapter(REMAINDER, _lora_config(remainder, scale, 0.0, ()))
+            peft_model.base_model.set_adapter([TRAINED, REMAINDER])
     _check(model, TRAINED, trained)
-    _check(model, TAIL, tail)
+    _check(model, REMAINDER, remainder)
     _check_heads(model, heads)
     _settle(model, scale)
     # On the wrapper: it goes with it, and the base stays as it was.
@@ -303,7 +303,7 @@ def place(batch: Mapping[str, Tensor], model: nn.Module, device: torch.device) -
     }
 
 
-def learnt(labels: Tensor) -> int:
+def count_targets(labels: Tensor) -> int:
     """Count the labels that a batch's mean loss is taken over: tokens, or samples of shape (b,).
 
     The first token of a row is predicted from nothing, and no loss is taken over it.
@@ -415,7 +415,9 @@ def fisher_scores(
             parameter.requires_grad_(True)
         for row in rows:
             batch = place(split.collate([row]), model, device)
-            loss = model(**batch).loss * learnt(batch["labels"])  # −log p(y|x), up to a constant
+            loss = model(**batch).loss * count_targets(
+                batch["labels"]
+            )  # −log p(y|x), up to a constant
             gradients = torch.autograd.grad(loss, list(factors.values()))
             for name, gradient in zip(factors, gradients, strict=True):
                 sums[name] += float(gradient.double().square().sum())

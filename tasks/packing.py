@@ -29,10 +29,10 @@ _COMPANY = 1e-4
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of one example; ``learnt`` marks those that the loss is taken over."""
+    """Tokens of one example; ``target`` marks those that the loss is taken over."""
 
     tokens: tuple[int, ...]
-    learnt: tuple[bool, ...]
+    target: tuple[bool, ...]
 
 
 def padded(encoded: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
@@ -78,9 +78,9 @@ def packed(encoded: Sequence[Encoded], width: int, pad: int) -> dict[str, Tensor
 
 
 def _labels(one: Encoded) -> Tensor:
-    """Tokens that are learnt; the first has nothing before it to be told from."""
+    """Target tokens; the first has nothing before it to be told from."""
     labels = torch.tensor(one.tokens)  # (n,)
-    labels[~torch.tensor(one.learnt)] = IGNORED
+    labels[~torch.tensor(one.target)] = IGNORED
     labels[0] = IGNORED
     return labels
 

@@ -64,10 +64,10 @@ KNOWN_COLUMNS = tuple(
 
 @dataclass(frozen=True)
 class Segment:
-    """Text of an example; ``learnt`` where it is an answer."""
+    """Text of an example; ``target`` where it is an answer."""
 
     text: str
-    learnt: bool
+    target: bool
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def render_prompt(passage: Passage, settings: RunSettings, tokenizer: Any) -> st
 
 
 def _chat(passage: Passage, tokenizer: Any) -> list[Segment]:
-    """Render turn by turn with the tokenizer's own template; each answer is learnt."""
+    """Render turn by turn with the tokenizer's own template; each answer is a target."""
     parts: list[Segment] = []
     done = ""
     for index, turn in enumerate(passage.turns):
@@ -333,12 +333,12 @@ def _chat(passage: Passage, tokenizer: Any) -> list[Segment]:
 
 
 def _is_learnt(turn: Mapping[str, Any]) -> bool:
-    """Whether an answer is to be learnt: OpenAI's ``weight`` and axolotl's ``train`` may say no."""
+    """Whether an answer is to be target: OpenAI's ``weight`` and axolotl's ``train`` may say no."""
     return turn.get("weight") != 0 and turn.get("train") is not False
 
 
 def _refuse_unwritten(turn: Mapping[str, Any], answer: str) -> None:
-    """Refuse calls of tools that a chat template leaves out: an empty answer would be learnt."""
+    """Refuse calls of tools that a chat template leaves out: an empty answer would be learned."""
     for call in turn.get("tool_calls") or ():
         name = call.get("function", call).get("name", "") if isinstance(call, Mapping) else ""
         if str(name) not in answer:
@@ -456,7 +456,7 @@ def _turn(turn: Any) -> dict[str, Any]:
             "content"
         )
     if role == "assistant" and not calls and not str(content).strip():
-        raise DataError("has an empty answer, which would be learnt")
+        raise DataError("has an empty answer, which would be learned")
     return {"role": role, "content": "" if content is None else content, **rest}
 
 

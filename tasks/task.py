@@ -81,7 +81,7 @@ class Split(ABC):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What is learnt, from which data; nothing is read before it is asked for.
+    """What is learned, from which data; nothing is read before it is asked for.
 
     ``data_path`` is a node's own file or folder, in place of ``data.source``; ``access`` is what
     of the machine's data may be read and named.

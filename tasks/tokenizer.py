@@ -50,10 +50,12 @@ def _padding(model: config_settings.Model, tokenizer: Any, config: PreTrainedCon
     padding token was trained with that one. Where neither has any, a text's end pads.
     """
     own, values = tokenizer.pad_token_id, config.get_text_config().to_dict()
-    told = values.get("pad_token_id")
-    if counts_from_padding(config) and told != own and _has(tokenizer, told):
-        log.warning("%s: the tokenizer pads as the model counts, with id %d", model.source, told)
-        return int(told)
+    declared = values.get("pad_token_id")
+    if counts_from_padding(config) and declared != own and _has(tokenizer, declared):
+        log.warning(
+            "%s: the tokenizer pads as the model counts, with id %d", model.source, declared
+        )
+        return int(declared)
     if own is not None:
         return int(own)
     # A word, or the token of unknown words, may end a text: it would be taken for padding. GPT-2
@@ -62,7 +64,7 @@ def _padding(model: config_settings.Model, tokenizer: Any, config: PreTrainedCon
     if tokenizer.unk_token_id != tokenizer.eos_token_id:
         special -= {tokenizer.unk_token_id}
     ends = values.get("eos_token_id")
-    for token in (told, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])):
+    for token in (declared, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])):
         if token in special:
             return int(token)
     raise ModelError(
@@ -85,16 +87,16 @@ def settle_padding(model: config_settings.Model, config: PreTrainedConfig) -> No
     """
     text = config.get_text_config()
     values = text.to_dict()
-    told = values.get("pad_token_id")
+    declared = values.get("pad_token_id")
     if resolve_source(model.source).kind in ("folder", "hub"):
         padding = int(load_tokenizer(model).pad_token_id)
-        if told not in (None, padding):
+        if declared not in (None, padding):
             log.warning(
                 "%s: its config pads with id %s, its tokenizer with id %d: the tokenizer's is "
-                "used by both", model.source, told, padding,
+                "used by both", model.source, declared, padding,
             )  # fmt: skip
         text.pad_token_id = padding
-    elif "pad_token_id" in values and told is None:
+    elif "pad_token_id" in values and declared is None:
         end = values.get("eos_token_id")
         text.pad_token_id = int(end[0] if isinstance(end, list) else end or 0)
 

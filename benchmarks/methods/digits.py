@@ -35,7 +35,7 @@ SPLITS = {
     "iid": ("partition.kind=iid",),
 }
 #: Upload in Mbps that leads to the ranks in the name, dealt in turn: one unit of rank in all
-#: modules is 4 KiB. Where one factor moves, the same bytes carry twice the rank.
+#: modules is 4 KiB. Where one factor is trained, the same bytes carry twice the rank.
 MIXES = {
     "1-2-8": ('fleet.upload-mbps="3, 5, 20"',),
     "1-1-1-8": ('fleet.upload-mbps="3, 3, 3, 20"',),
@@ -54,10 +54,10 @@ NEEDS = {"lokr": "lokr+lora.form=kronecker"}
 LEADING = ("fedit", "flexlora", "fslora", "hetlora", "hralora", "rankfit")
 #: Rows beside the catalogue, in one setting.
 ABLATIONS = (
-    "rankfit+method.without=tail", "rankfit+method.without=unit-rows",
+    "rankfit+method.without=remainder", "rankfit+method.without=unit-rows",
     "rankfit+method.without=damping", "rankfit+method.without=slow-rows",
     "rankfit+method.without=rank-rates", "rankfit+method.without=whole-head",
-    "alternating+method.tail=true", "rankfit+train.moments=kept", "flora+train.moments=kept",
+    "alternating+method.remainder=true", "rankfit+train.moments=kept", "flora+train.moments=kept",
     "ffa-lora+train.moments=kept",
 )  # fmt: skip
 

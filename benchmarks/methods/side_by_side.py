@@ -57,7 +57,7 @@ class Member:
 
     Attributes
     ----------
-    given, tail : Adapter
+    given, remainder : Adapter
         What it trains, and what it is given frozen (None = nothing).
     parameters : dict[str, nn.Parameter]
         Its own tensors under PEFT's names, at their true shapes; those that do not move need no
@@ -70,7 +70,7 @@ class Member:
     client: str
     plan: Plan
     given: Adapter
-    tail: Adapter | None
+    remainder: Adapter | None
     parameters: dict[str, nn.Parameter]
     samples: int
     batches: list[NDArray[np.int64]]
@@ -224,14 +224,14 @@ class SideBySide:
         arrays = messages.record_arrays(message.content.array_records["adapter"])
         whole = Adapter.from_state_dict(decode(arrays), cast(float, config["scale"]))
         given = whole.cut(plan.ranks)
-        moving = given.moving(plan.moves)
+        moving = given.moving(plan.trainable)
         parameters = {
             name: nn.Parameter(tensor.clone(), requires_grad=name in moving)
             for name, tensor in given.state_dict().items()
         }
         own = self._space.samples(place, self._settings.simulation.clients)
         return Member(
-            message, client, plan, given, whole.rest(plan.ranks) if plan.tail_rank else None,
+            message, client, plan, given, whole.rest(plan.ranks) if plan.remainder_rank else None,
             parameters, len(own), list(self._batches(own, client, cast(int, config["round"]))),
         )  # fmt: skip
 
@@ -297,9 +297,9 @@ class SideBySide:
             scale = member.given.scale
             a = torch.cat([a, member.parameters[names.a_name(module)]])
             b = torch.cat([b, scale * member.parameters[names.b_name(module)]], 1)
-        if member.tail is not None and module in member.tail.factors:
-            rest = member.tail.factors[module]
-            a, b = torch.cat([a, rest.a]), torch.cat([b, member.tail.scale * rest.b], 1)
+        if member.remainder is not None and module in member.remainder.factors:
+            rest = member.remainder.factors[module]
+            a, b = torch.cat([a, rest.a]), torch.cat([b, member.remainder.scale * rest.b], 1)
         return a, b
 
     def _reply(

@@ -29,7 +29,7 @@ from rankfit.adapters.names import Rates
 from rankfit.configs.settings import RunSettings, from_flat
 from rankfit.estimator.plan import Plan
 from rankfit.strategies.methods import Method, find
-from rankfit.strategies.server_update import Advance
+from rankfit.strategies.server_update import ServerUpdate
 
 WIDTH, TRUE_RANK, RANK = 64, 12, 16
 CLIENTS, PER_ROUND, ROUNDS, STEPS, SAMPLES = 20, 5, 120, 10, 256
@@ -48,7 +48,7 @@ SETTING = {
 }  # fmt: skip
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "methods-toy.json"
 
-#: Name in the table → method, parts that are switched off, and whether clients see the tail.
+#: Name in the table → method, parts that are switched off, and whether clients see the remainder.
 METHODS: dict[str, tuple[str, str, bool]] = {
     "fedit": ("fedit", "", False),
     "hetlora": ("hetlora", "self-pruning", False),
@@ -61,8 +61,8 @@ METHODS: dict[str, tuple[str, str, bool]] = {
     "ffa-lora": ("ffa-lora", "", False),
     "rolora": ("rolora", "", False),
     "alternating": ("alternating", "", False),
-    "alternating + tail": ("alternating", "", True),
-    "rankfit without tail": ("rankfit", "", False),
+    "alternating + remainder": ("alternating", "", True),
+    "rankfit without remainder": ("rankfit", "", False),
     "rankfit": ("rankfit", "", True),
 }
 ONE_RANK = {"fedit", "fedex-lora", "ffa-lora", "rolora"}
@@ -108,7 +108,7 @@ def error(adapter: Adapter, data: tuple[Tensor, Tensor]) -> float:
 
 
 def train(
-    given: Adapter, frozen: Adapter | None, moves: str, data: tuple[Tensor, Tensor],
+    given: Adapter, frozen: Adapter | None, trainable: str, data: tuple[Tensor, Tensor],
     rate: float, own_rates: Rates,
 ) -> Adapter:  # fmt: skip
     """Ten full-batch AdamW steps of one client, gradients in closed form."""
@@ -127,7 +127,7 @@ def train(
         for parameter, gradient, moments, name in zip(
             (b, a), gradients, state, ("b", "a"), strict=True
         ):
-            if moves not in ("both", name):
+            if trainable not in ("both", name):
                 continue
             moments[0].mul_(0.9).add_(gradient, alpha=0.1)
             moments[1].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
@@ -137,11 +137,16 @@ def train(
 
 
 def federate(
-    method: Method, settings: RunSettings, tail: bool, one_rank: bool, world: World, rate: float
+    method: Method,
+    settings: RunSettings,
+    remainder: bool,
+    one_rank: bool,
+    world: World,
+    rate: float,
 ) -> Adapter:
     """All rounds of one method; return what it would export."""
     adapter = initial({LAYER: (WIDTH, WIDTH)}, RANK, 1.0, {}, settings.run.seed)
-    advance = Advance(settings, method.start.folds)
+    advance = ServerUpdate(settings, method.start.folds)
     draw = np.random.default_rng(settings.run.seed)
     base = Plan({LAYER: RANK}, "both", 1, 1, False, 0, 0, "cap")
     for number in range(1, ROUNDS + 1):
@@ -150,10 +155,15 @@ def federate(
         merge = method.merge(adapter, number)
         for client in sorted(draw.choice(CLIENTS, PER_ROUND, replace=False).tolist()):
             rank = min(RANKS) if one_rank else RANKS[client % len(RANKS)]
-            plan = replace(base, ranks={LAYER: rank}, tail_rank=RANK if tail else 0)
+            plan = replace(base, ranks={LAYER: rank}, remainder_rank=RANK if remainder else 0)
             share = method.start.share(adapter, advance.folded, plan, 1000 * number + client)
             trained = train(
-                share.given, share.frozen, stage.moves, world.clients[client], rate, method.rates
+                share.given,
+                share.frozen,
+                stage.trainable,
+                world.clients[client],
+                rate,
+                method.rates,
             )
             merge.add(Update(share.given, trained, float(SAMPLES), share.indices))
         adapter = advance(merge)
@@ -162,7 +172,7 @@ def federate(
 
 def measure(label: str, iid: bool) -> dict[str, object]:
     """Test error of one row: mean over the seeds, at the rate that is best on validation."""
-    name, without, tail = METHODS[label]
+    name, without, remainder = METHODS[label]
     flat = {"method.name": name, "method.without": without, "lora.rank": RANK, "lora.alpha": RANK}
     worlds = [World.draw(seed, iid) for seed in SEEDS]
     found = {}
@@ -171,7 +181,7 @@ def measure(label: str, iid: bool) -> dict[str, object]:
         for seed, world in zip(SEEDS, worlds, strict=True):
             settings = from_flat({**flat, "run.seed": seed})
             method = find(name)
-            adapters.append(federate(method, settings, tail, name in ONE_RANK, world, rate))
+            adapters.append(federate(method, settings, remainder, name in ONE_RANK, world, rate))
         validation = [error(a, w.validation) for a, w in zip(adapters, worlds, strict=True)]
         found[statistics.mean(validation)] = (rate, adapters)
     rate, adapters = found[min(found)]

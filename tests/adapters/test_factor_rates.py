@@ -23,10 +23,10 @@ def named(width: int, rank: int = 3) -> dict[str, nn.Parameter]:
     }
 
 
-def first_step(pace: Rates, own: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+def first_step(throughput: Rates, own: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """By how much the first step of Adam moves each tensor: each number by its rate."""
     before = {name: parameter.detach().clone() for name, parameter in own.items()}
-    optimizer = torch.optim.AdamW(pace.groups(own.items(), RATE), lr=1.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(throughput.groups(own.items(), RATE), lr=1.0, weight_decay=0.0)
     for parameter in own.values():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

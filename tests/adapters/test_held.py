@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfit.adapters.adapter import Adapter, Factors
-from rankfit.adapters.delta import NotHeld, fill_in, leave_out, prints
+from rankfit.adapters.delta import UnknownTensor, apply_delta, content_hashes, encode_delta
 from rankfit.adapters.wire import WireType, encode
 
 WIRES: list[WireType] = ["float32", "float16", "bfloat16", "int8"]
@@ -47,8 +47,8 @@ def test_what_is_filled_in_is_what_would_have_been_sent(
     before, fresh = adapter(ranks[0], 1), adapter(ranks[1], 2)
     held = encode(before.state_dict(), wire)
     whole = encode(mixed(before, fresh, takes).state_dict(), wire)
-    sent, places = leave_out(whole, prints(whole), prints(held))
-    found = fill_in(sent, places, held)
+    sent, places = encode_delta(whole, content_hashes(whole), content_hashes(held))
+    found = apply_delta(sent, places, held)
     assert found.keys() == whole.keys()
     for name, array in whole.items():
         assert found[name].dtype == array.dtype
@@ -59,14 +59,14 @@ def test_what_is_filled_in_is_what_would_have_been_sent(
 
 def test_all_held_and_none_held() -> None:
     whole = encode(adapter(3, 1).state_dict(), "float32")
-    sent, places = leave_out(whole, prints(whole), prints(whole))
-    assert sent == {} and fill_in(sent, places, whole).keys() == whole.keys()
-    sent, places = leave_out(whole, prints(whole), {})
+    sent, places = encode_delta(whole, content_hashes(whole), content_hashes(whole))
+    assert sent == {} and apply_delta(sent, places, whole).keys() == whole.keys()
+    sent, places = encode_delta(whole, content_hashes(whole), {})
     assert sent.keys() == whole.keys() and places == {}
 
 
 def test_what_is_not_held_any_more_is_told() -> None:
     whole = encode(adapter(3, 1).state_dict(), "float32")
-    sent, places = leave_out(whole, prints(whole), prints(whole))
-    with pytest.raises(NotHeld, match="the next message will be whole"):
-        fill_in(sent, places, {})
+    sent, places = encode_delta(whole, content_hashes(whole), content_hashes(whole))
+    with pytest.raises(UnknownTensor, match="the next message will be whole"):
+        apply_delta(sent, places, {})

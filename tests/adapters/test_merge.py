@@ -119,13 +119,13 @@ def test_the_order_of_arrival_does_not_matter(
 @settings(deadline=None, max_examples=60)
 @given(federations(), st.sampled_from(["a", "b"]))
 def test_padded_changes_are_exact_when_one_factor_moves(
-    case: tuple[Adapter, list[Update]], moves: str
+    case: tuple[Adapter, list[Update]], trainable: str
 ) -> None:
     start, updates = case
     kept = []
     for update in updates:
         before, after = update.given.factors[MODULE], update.trained.factors[MODULE]
-        factors = Factors(before.b, after.a) if moves == "a" else Factors(after.b, before.a)
+        factors = Factors(before.b, after.a) if trainable == "a" else Factors(after.b, before.a)
         kept.append(Update(update.given, adapter(factors, start.scale), update.weight))
     total = sum(update.weight for update in kept)
     exact = dense(start) + sum(

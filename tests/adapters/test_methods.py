@@ -41,14 +41,17 @@ def draw(d: int, k: int, rank: int, seed: int) -> Factors:
     )
 
 
-def federation(ranks: tuple[int, ...] = RANKS, moves: str = "both") -> tuple[Adapter, list[Update]]:
+def federation(
+    ranks: tuple[int, ...] = RANKS, trainable: str = "both"
+) -> tuple[Adapter, list[Update]]:
     reference = Adapter({M: draw(D, K, R, 0)}, SCALE)
     updates = []
     for client, (rank, samples) in enumerate(zip(ranks, SAMPLES, strict=False)):
         given = reference.cut({M: rank})
         before, step = given.factors[M], draw(D, K, rank, 1 + client)
         after = Factors(
-            before.b + (step.b if moves != "a" else 0), before.a + (step.a if moves != "b" else 0)
+            before.b + (step.b if trainable != "a" else 0),
+            before.a + (step.a if trainable != "b" else 0),
         )
         updates.append(Update(given, Adapter({M: after}, SCALE), samples))
     return reference, updates
@@ -192,11 +195,11 @@ def test_rank_equal_to_a_width_is_not_taken_for_the_other_axis() -> None:
     assert residual is not None and close(dense(residual), dense(trained))
 
 
-@pytest.mark.parametrize("moves", ["a", "b"])
+@pytest.mark.parametrize("trainable", ["a", "b"])
 @pytest.mark.parametrize("kind", [AverageFactors, PaddedChange], ids=["one-rank", "mixed"])
-def test_alternation_is_exact(kind: Callable[[Adapter, int], Merge], moves: str) -> None:
+def test_alternation_is_exact(kind: Callable[[Adapter, int], Merge], trainable: str) -> None:
     """FFA-LoRA, RoLoRA at one rank; alternating at mixed ranks: ΔW + Σ w·s·(B·A − B⁰·A⁰)."""
-    reference, updates = federation((3,) * 5 if kind is AverageFactors else RANKS, moves)
+    reference, updates = federation((3,) * 5 if kind is AverageFactors else RANKS, trainable)
     exact = dense(reference)
     for weight, update in zip(weights(), updates, strict=True):
         exact = exact + weight * (dense(update.trained) - dense(update.given))
@@ -269,7 +272,7 @@ def test_directions_that_make_no_sense_are_refused(drawn: list[int]) -> None:
 
 
 def test_refactorisation_keeps_the_product_and_balances_it() -> None:
-    reference, updates = federation(moves="b")
+    reference, updates = federation(trainable="b")
     plain = run(OwnersMean, reference, updates).finish()
     merged = run(partial(Refactored, inner=OwnersMean), reference, updates).finish()
     assert close(dense(merged), dense(plain))

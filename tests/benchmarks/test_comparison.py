@@ -27,7 +27,7 @@ SMALL = (
 @pytest.mark.parametrize(
     "method",
     [
-        ("method.name=rankfit",),  # a tail
+        ("method.name=rankfit",),  # a remainder
         ("method.name=flexlora", "train.moments=kept"),
         ("method.name=fslora",),  # a scale for each client
         ("method.name=hetlora", "method.prune-weight=0.3"),

@@ -68,7 +68,7 @@ def test_tables_give_mean_and_standard_deviation_best_first() -> None:
     ("text", "message"),
     [
         ("flexlore", "did you mean 'flexlora'"),
-        ("fedit+method.tale=true", "did you mean 'method.tail'"),
+        ("fedit+method.remained=true", "did you mean 'method.remainder'"),
     ],
 )  # fmt: skip
 def test_bad_entries_are_refused_before_anything_runs(text: str, message: str) -> None:

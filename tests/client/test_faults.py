@@ -103,7 +103,7 @@ POLICIES = {
 }
 
 
-class Watched(InProcessGrid):
+class ProcessHandle(InProcessGrid):
     """Keeps all that leaves a client, and tells when one is at work."""
 
     replies: list[tuple[str, str, Message]]
@@ -121,7 +121,7 @@ class Watched(InProcessGrid):
 
 
 @contextmanager
-def server_lines(grid: Watched) -> Iterator[list[str]]:
+def server_lines(grid: ProcessHandle) -> Iterator[list[str]]:
     """Lines that are logged while no client is at work: the server's."""
     lines: list[str] = []
 
@@ -189,7 +189,7 @@ def test_no_text_of_a_client_is_written_or_shown_by_the_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, nodes = settings_for(tmp_path), nodes_for(tmp_path)
-    grid = Watched(client_app, to_flat(settings), list(nodes.values()))
+    grid = ProcessHandle(client_app, to_flat(settings), list(nodes.values()))
     grid.replies = []
     with server_lines(grid) as lines:
         federate(grid, settings)
@@ -251,7 +251,7 @@ def test_the_names_of_figures_hold_no_labels_of_a_node_but_those_of_the_run(
     node = {
         "client-name": "n", "data-path": str(tmp_path), "policy": str(tmp_path / "policy.toml"),
     }  # fmt: skip
-    grid = Watched(client_app, to_flat(settings), [node])
+    grid = ProcessHandle(client_app, to_flat(settings), [node])
     grid.replies = []
     federate(grid, settings)
     (evaluation,) = [reply for _, kind, reply in grid.replies if kind == "evaluate"]

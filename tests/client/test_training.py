@@ -72,14 +72,14 @@ def trained(space: Workspace, micro_batch: int, checkpointing: bool = False):
     adapter = start(space)
     plan = Plan(
         ranks=adapter.ranks,
-        moves="both",
+        trainable="both",
         micro_batch=micro_batch,
         accumulation=-(-8 // micro_batch),
         checkpointing=checkpointing,
         peak_bytes=0,
         budget_bytes=0,
         binding="cap",
-        tail_rank=0,
+        remainder_rank=0,
     )
     job = Job("one", 1, plan, adapter, np.arange(8), None)
     return train(space, job)
@@ -145,8 +145,8 @@ def test_the_plan_says_how_fast_factors_learn_of_adam_alone(root: Path) -> None:
 
 
 def test_rows_without_an_answer_in_them_are_refused(root: Path) -> None:
-    """``data.max-length`` 1 leaves no token that could be learnt: the row is named at once."""
-    with pytest.raises(DataError, match="row 0 has no token that could be learnt"):
+    """``data.max-length`` 1 leaves no token to learn: the row is named at once."""
+    with pytest.raises(DataError, match="row 0 has no token to learn"):
         trained(workspace(root, **{"data.max-length": 1}), 4)
 
 

@@ -14,7 +14,7 @@ import psutil
 from rankfit.adapters.adapter import Adapter, initial
 from rankfit.adapters.wire import encode
 from rankfit.client.worker_protocol import Request
-from rankfit.client.worker_registry import Order, Place, Watched, places, stop
+from rankfit.client.worker_registry import ProcessHandle, WorkerDir, WorkerSpec, stop, worker_dirs
 from rankfit.configs.compose import compose
 from rankfit.configs.protocol import Instruction
 from rankfit.configs.settings import RunSettings
@@ -36,8 +36,8 @@ class Node:
 
     process: "subprocess.Popen[bytes]"
 
-    def order(self, *overrides: str, run_id: int = 1) -> Order:
-        return Order(run_id, 7, Watched.of(self.process.pid), settings(*overrides), None)
+    def order(self, *overrides: str, run_id: int = 1) -> WorkerSpec:
+        return WorkerSpec(run_id, 7, ProcessHandle.of(self.process.pid), settings(*overrides), None)
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def node() -> Iterator[Node]:
     try:
         yield Node(process)
     finally:
-        for place in places():
+        for place in worker_dirs():
             stop(place, grace=3.0)
         process.kill()
         process.wait()
@@ -84,19 +84,19 @@ def evaluate(partition: int = 0) -> Request:
     return Request("evaluate", asked, encode(adapter.state_dict(), "float32"), partition, 2)
 
 
-def the_place() -> Place:
+def the_place() -> WorkerDir:
     """Folder of the only worker."""
-    (place,) = places()
+    (place,) = worker_dirs()
     return place
 
 
-def next_place() -> Place:
+def next_place() -> WorkerDir:
     """Folder of the worker that another thread is starting."""
-    wait_for(lambda: any(place.process() for place in places()), "a worker is there")
+    wait_for(lambda: any(place.process() for place in worker_dirs()), "a worker is there")
     return the_place()
 
 
-def log_text(place: Place) -> str:
+def log_text(place: WorkerDir) -> str:
     return place.read().log.read_text(encoding="utf-8")
 
 
@@ -107,7 +107,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300.0) -
         time.sleep(0.05)
 
 
-def process_of(place: Place) -> psutil.Process:
+def process_of(place: WorkerDir) -> psutil.Process:
     process = place.process()
     assert process is not None
     return psutil.Process(process.pid)

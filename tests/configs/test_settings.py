@@ -196,7 +196,7 @@ def test_a_bad_preset_file_is_refused_by_name(text: str, message: str, tmp_path:
 def test_overrides_take_the_settings_type() -> None:
     assert parse_override("run.name=7") == {"run.name": "7"}
     assert parse_override('fleet.memory-mib="2,4"') == {"fleet.memory-mib": "2,4"}
-    assert parse_override("method.tail=true") == {"method.tail": True}
+    assert parse_override("method.remainder=true") == {"method.remainder": True}
     assert parse_override("train.learning-rate=1e-3") == {"train.learning-rate": 1e-3}
 
 

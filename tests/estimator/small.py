@@ -95,11 +95,11 @@ def uneven(targets: tuple[str, ...]) -> dict[str, int]:
 def real_peak(
     spec: StepSpec,
     ranks: Mapping[str, int],
-    tail_ranks: Mapping[str, int] | None = None,
+    remainder_ranks: Mapping[str, int] | None = None,
     cap_bytes: int | None = None,
 ) -> int:
     """Peak of live bytes of the same step on real CPU tensors."""
-    model = real_step(spec, ranks, tail_ranks)
+    model = real_step(spec, ranks, remainder_ranks)
     with LiveMemory(cap_bytes=cap_bytes).baseline(model) as live:
         run_steps(spec, model, lambda: filled_batch(spec))
     return live.peak

@@ -18,8 +18,8 @@ TRACES = TraceCache()
 STEPS = {
     "fp32": {},
     "bf16": {"precision": "bf16"},
-    "fp32-checkpointing-a": {"checkpointing": True, "moves": "a"},
-    "bf16-checkpointing-b": {"precision": "bf16", "checkpointing": True, "moves": "b"},
+    "fp32-checkpointing-a": {"checkpointing": True, "trainable": "a"},
+    "bf16-checkpointing-b": {"precision": "bf16", "checkpointing": True, "trainable": "b"},
 }
 
 

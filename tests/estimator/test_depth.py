@@ -32,11 +32,11 @@ def assert_equal(one: StepFamily, two: StepFamily) -> None:
         ("deit", GPU | {"clips": True}),
         ("bert", GPU | {"checkpointing": True, "accumulates": True}),
         ("deberta-v2", {}),
-        ("llama", GPU | {"checkpointing": True, "moves": "b"}),
+        ("llama", GPU | {"checkpointing": True, "trainable": "b"}),
         ("qwen2", {"optimizer": "sgd"}),
         ("qwen3", GPU),
         ("gpt2", GPU),
-        ("opt", {"tail": True}),
+        ("opt", {"remainder": True}),
         ("t5", GPU),
     ],
 )

@@ -220,36 +220,36 @@ def test_nothing_fits_through_a_slow_link(make):
     assert "plan.upload-seconds allows 1" in result.reason
 
 
-# Methods: phases, tails, ranks per module.
+# Methods: phases, remainders, ranks per module.
 
 
 def test_alternating_phases_hold_each_and_keep_both_optimizer_states(make):
     alternating = make(phases=("b", "a"))
-    single = [make(phases=(moves,)) for moves in ("a", "b")]
+    single = [make(phases=(trainable,)) for trainable in ("a", "b")]
     whole = at(alternating, 8, FULL)
     state = sum(
         int(f.optimizer[1:5].sum()) * 8 for e in single for f in e.footprint(device(1), FULL).traces
     )
     largest = max(at(each, 8, FULL) for each in single)
     assert largest < whole <= largest + state
-    assert fitted(alternating, 100 * MIB).plan.moves == "b"
+    assert fitted(alternating, 100 * MIB).plan.trainable == "b"
 
 
 def test_a_tail_goes_to_those_who_cannot_train_the_whole(make):
-    estimator = make(method__tail=True, plan__search="")
-    assert fitted(estimator, 100 * MIB).plan.tail_rank == 0, "the whole rank: nothing is left"
+    estimator = make(method__remainder=True, plan__search="")
+    assert fitted(estimator, 100 * MIB).plan.remainder_rank == 0, "the whole rank: nothing is left"
     budget = at(make(plan__search=""), 9, FULL)
     plan = fitted(estimator, budget).plan
-    assert plan.tail_rank == 16 and 1 <= plan.rank < 9
+    assert plan.remainder_rank == 16 and 1 <= plan.rank < 9
     assert plan.peak_bytes <= budget
 
 
 def test_a_tail_needs_the_download(make):
-    estimator = make(method__tail=True, plan__search="", plan__download_seconds=1.0)
+    estimator = make(method__remainder=True, plan__search="", plan__download_seconds=1.0)
     budget = at(make(plan__search=""), 9, FULL)
     payload = estimator.payload
     mbps = (payload.head_bytes + 12.5 * payload.bytes_per_rank()) * 8e-6
-    assert fitted(estimator, budget, download_mbps=mbps).plan.tail_rank == 0
+    assert fitted(estimator, budget, download_mbps=mbps).plan.remainder_rank == 0
 
 
 def test_a_method_may_lower_ranks_module_by_module(make):

@@ -15,10 +15,10 @@ from .small import real_peak, recorded_peak, step_spec, uneven
 TRACES = TraceCache()
 STEPS = {
     "fp16": {"precision": "fp16"},
-    "fp16-checkpointing-b": {"precision": "fp16", "checkpointing": True, "moves": "b"},
+    "fp16-checkpointing-b": {"precision": "fp16", "checkpointing": True, "trainable": "b"},
     "autocast": {"autocast": "bf16"},
     "autocast-checkpointing": {"autocast": "bf16", "checkpointing": True},
-    "autocast-fp16-a": {"autocast": "fp16", "moves": "a"},
+    "autocast-fp16-a": {"autocast": "fp16", "trainable": "a"},
     "autocast-bf16-base": {"autocast": "bf16", "precision": "bf16", "clips": True},
 }
 OPTIMIZERS = {

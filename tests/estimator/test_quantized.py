@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankfit.adapters.names import Moves
+from rankfit.adapters.names import Trainable
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.depth import solve_deep
@@ -33,7 +33,7 @@ TRACES = TraceCache()
 KINDS = ("nf4", "nf4-single", "int8")
 STEPS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "checkpointing-b": {"checkpointing": True, "moves": "b"},
+    "checkpointing-b": {"checkpointing": True, "trainable": "b"},
     "autocast": {"autocast": "bf16"},
     "fp16": {"precision": "fp16"},
 }
@@ -52,9 +52,9 @@ def quantised(spec: StepSpec, folder: Path) -> nn.Module:
     )  # fmt: skip
     base.requires_grad_(False)
     adapted = models.inject(base, uneven(spec.targets), scale=1.0, dropout=0.0, heads=())
-    moves: Moves = spec.moves
-    if moves != "both":
-        train_only(adapted, moves)
+    trainable: Trainable = spec.trainable
+    if trainable != "both":
+        train_only(adapted, trainable)
     if spec.checkpointing:
         adapted.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}

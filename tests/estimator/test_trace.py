@@ -37,8 +37,8 @@ VARIANTS = [
     {"attention": "eager", "dropout": 0.1},
     {"checkpointing": True},
     {"accelerator": "cuda", "dropout": 0.1},
-    {"accelerator": "cuda", "checkpointing": True, "moves": "b"},
-    {"accumulates": True, "moves": "a"},
+    {"accelerator": "cuda", "checkpointing": True, "trainable": "b"},
+    {"accumulates": True, "trainable": "a"},
 ]
 
 
@@ -106,10 +106,16 @@ def test_live_bytes_equal_a_real_cpu_step(architecture, changes):
 
 
 def test_live_bytes_with_a_tail_equal_a_real_cpu_step():
-    spec = step_spec("vit", tail=True)
+    spec = step_spec("vit", remainder=True)
     ranks = {module: index + 1 for index, module in enumerate(spec.targets)}
-    tail = {module: 8 - rank for module, rank in ranks.items()}
-    assert abs(TRACES(spec).peak_live(ranks, tail_ranks=tail) - real_peak(spec, ranks, tail)) <= 256
+    remainder = {module: 8 - rank for module, rank in ranks.items()}
+    assert (
+        abs(
+            TRACES(spec).peak_live(ranks, remainder_ranks=remainder)
+            - real_peak(spec, ranks, remainder)
+        )
+        <= 256
+    )
 
 
 def test_a_cap_at_the_estimate_lets_the_real_step_through_and_one_below_does_not():
@@ -138,7 +144,7 @@ def test_key_is_stable_and_tells_specs_apart():
     [
         ("precision", "fp8"),
         ("attention", "flash"),
-        ("moves", "c"),
+        ("trainable", "c"),
         ("optimizer", "lion"),
         ("accelerator", "tpu"),
         ("kind", "regression"),
@@ -172,8 +178,8 @@ def test_ranks_of_other_modules_are_refused():
 def test_a_step_without_closed_form_says_so(monkeypatch):
     from rankfit.estimator import trace as tracer
 
-    def quadratic(spec: StepSpec, ranks, tail_ranks=None):
-        recording = record(spec, ranks, tail_ranks)
+    def quadratic(spec: StepSpec, ranks, remainder_ranks=None):
+        recording = record(spec, ranks, remainder_ranks)
         first = recording.allocations[-1]
         recording.allocations[-1] = replace(first, nbytes=next(iter(ranks.values())) ** 2)
         return recording

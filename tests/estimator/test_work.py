@@ -6,7 +6,7 @@ import pytest
 
 from rankfit.configs.settings import from_flat
 from rankfit.estimator.plan_search import Estimate, Estimator, NothingFits
-from rankfit.estimator.round_time import Pace, Work, _count, even_rank, work_of
+from rankfit.estimator.round_time import Throughput, Work, _count, even_rank, work_of
 
 from .architectures import deep_spec
 from .small import device, images, step_spec, vit_config
@@ -36,12 +36,15 @@ def test_checkpointing_runs_the_forward_pass_again():
 
 
 def test_a_bound_is_the_last_rank_in_time():
-    work, pace = Work(base=100.0, per_rank=10.0), Pace(flops_per_second=1000.0, examples=10)
-    assert pace.seconds(work.flops(5)) == 1.5
-    assert pace.bound(work, 1.5) == 5 and pace.bound(work, 1.49) == 4
-    assert pace.bound(work, 0.5) == 0 and pace.bound(work, 0) is None
+    work, throughput = (
+        Work(base=100.0, per_rank=10.0),
+        Throughput(flops_per_second=1000.0, examples=10),
+    )
+    assert throughput.seconds(work.flops(5)) == 1.5
+    assert throughput.bound(work, 1.5) == 5 and throughput.bound(work, 1.49) == 4
+    assert throughput.bound(work, 0.5) == 0 and throughput.bound(work, 0) is None
     with pytest.raises(ValueError, match="figures above 0"):
-        Pace(0.0, 10)
+        Throughput(0.0, 10)
 
 
 def test_ranks_that_differ_count_by_the_size_of_their_modules():
@@ -55,12 +58,12 @@ def test_a_deadline_binds_like_memory():
     estimator = Estimator.for_run(from_flat(flat), vit_config(), images(16))  # type: ignore[arg-type]
     work = estimator.work(estimator.steps[0])
     unknown = estimator.fit(device(100))
-    assert isinstance(unknown, Estimate) and unknown.plan.rank == 16, "no pace, no bound"
-    pace = Pace(100 * work.flops(6.5) / 10.0, 100)
-    fit = estimator.fit(device(100), pace=pace)
+    assert isinstance(unknown, Estimate) and unknown.plan.rank == 16, "no throughput, no bound"
+    throughput = Throughput(100 * work.flops(6.5) / 10.0, 100)
+    fit = estimator.fit(device(100), throughput=throughput)
     assert isinstance(fit, Estimate)
     assert (fit.plan.rank, fit.plan.binding, fit.bounds.time) == (6, "time", 6)
-    slow = Pace(100 * work.flops(0.5) / 10.0, 100)
-    refused = estimator.fit(device(100), pace=slow)
+    slow = Throughput(100 * work.flops(0.5) / 10.0, 100)
+    refused = estimator.fit(device(100), throughput=slow)
     assert isinstance(refused, NothingFits) and refused.binding == "time"
     assert "plan.deadline-seconds allows 10" in refused.reason

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rankfit.client.worker_registry import places
+from rankfit.client.worker_registry import worker_dirs
 from tests.client.workers import Node, node
 
 
@@ -22,4 +22,4 @@ def device(own_folders: None) -> Iterator[Node]:
     """A stand-in for a SuperNode, of which nothing is left."""
     with node() as started:
         yield started
-    assert places() == []
+    assert worker_dirs() == []

@@ -246,8 +246,8 @@ class Deployment:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
-                tails = "\n".join(f"--- {one.name}\n{one.text()[-3000:]}" for one in watched)
-                raise DeploymentError(f"waited {timeout:g} s in vain: {what}\n{tails}")
+                remainders = "\n".join(f"--- {one.name}\n{one.text()[-3000:]}" for one in watched)
+                raise DeploymentError(f"waited {timeout:g} s in vain: {what}\n{remainders}")
             time.sleep(0.3)
 
     def stop(self, process: Process, grace: float = 8.0) -> None:

@@ -15,7 +15,7 @@ from rankfit.client import worker_proxy as messenger
 from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.request_handler import perform
 from rankfit.client.worker_protocol import Request
-from rankfit.client.worker_registry import Order
+from rankfit.client.worker_registry import WorkerSpec
 from rankfit.client.workspace import Workspace
 from tests.client.workers import (
     Node,
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.processes
 UNEVEN = ("train.batch-size=32", "train.epochs=2")
 
 
-def of_two(device: Node, *overrides: str) -> Order:
+def of_two(device: Node, *overrides: str) -> WorkerSpec:
     return replace(device.order(*overrides), group=DataParallel(2, cpu=True))
 
 

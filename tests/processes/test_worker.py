@@ -19,7 +19,14 @@ import pytest
 from rankfit.client import worker_proxy as messenger
 from rankfit.client.request_handler import perform
 from rankfit.client.worker_protocol import Answer, FrameError, Request, receive_frame, send_frame
-from rankfit.client.worker_registry import Place, PlaceError, Start, base_folder, places, stop
+from rankfit.client.worker_registry import (
+    WorkerDir,
+    WorkerDirError,
+    WorkerStart,
+    base_folder,
+    stop,
+    worker_dirs,
+)
 from rankfit.client.workspace import Workspace
 from tests.client.nvml_stub.driver import MIB, build, gpu
 from tests.client.workers import (
@@ -93,7 +100,7 @@ def test_killed_while_it_trains_and_between_rounds(device: Node) -> None:
         with pytest.raises(messenger.WorkerError, match="died during train of round 3") as caught:
             lost.result(60)
     assert str(log_file) in str(caught.value) and "update is lost" in str(caught.value)
-    assert places() == []
+    assert worker_dirs() == []
 
     first = messenger.ask(order, evaluate())  # a new worker
     second = the_place()
@@ -151,7 +158,7 @@ def test_ends_when_idle(device: Node) -> None:
 
 
 def test_ends_when_nobody_waits_for_its_answer(device: Node) -> None:
-    place = Place(listening(device, LONG))
+    place = WorkerDir(listening(device, LONG))
     process, token = process_of(place), place.read().token
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(place.socket))
@@ -183,7 +190,7 @@ def test_a_second_run_on_a_device(device: Node, policy: str, left: int) -> None:
     listening(device)
     first = process_of(the_place())
     messenger.start(device.order(f"client.second-run={policy}", run_id=2))
-    assert len(places()) == left
+    assert len(worker_dirs()) == left
     assert runs(first) == (policy == "own")
 
 
@@ -233,7 +240,7 @@ def test_only_the_user_can_reach_it(device: Node) -> None:
     assert stat.S_IMODE(the_place().read().log.stat().st_mode) == 0o600
     base_folder().chmod(0o755)
     try:
-        with pytest.raises(PlaceError, match="nobody else can enter"):
+        with pytest.raises(WorkerDirError, match="nobody else can enter"):
             base_folder()
     finally:
         Path(os.environ["XDG_RUNTIME_DIR"], "rankfit").chmod(0o700)
@@ -246,9 +253,9 @@ def test_a_path_too_long_for_a_socket_is_refused(
     long.mkdir(mode=0o700)
     with monkeypatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(long))
-        with pytest.raises(PlaceError, match="longer than 103 bytes"):
+        with pytest.raises(WorkerDirError, match="longer than 103 bytes"):
             messenger.start(device.order())
-        assert places() == []
+        assert worker_dirs() == []
 
 
 def test_folders_of_workers_that_were_killed_are_swept(device: Node) -> None:
@@ -257,22 +264,22 @@ def test_folders_of_workers_that_were_killed_are_swept(device: Node) -> None:
     process.send_signal(signal.SIGKILL)
     wait_for(lambda: not the_place().alive(), "it is dead")
     messenger.start(device.order(run_id=2))
-    assert not folder.exists() and len(places()) == 1
+    assert not folder.exists() and len(worker_dirs()) == 1
 
 
 def test_a_worker_that_is_found_can_be_read(device: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who looks holds no lock: half a folder is not to be seen, and one left behind goes."""
-    write = Place.write
+    write = WorkerDir.write
 
-    def looked_at(place: Place, start: Start) -> None:
-        assert places() == [], "before"
+    def looked_at(place: WorkerDir, start: WorkerStart) -> None:
+        assert worker_dirs() == [], "before"
         write(place, start)
-        assert places() == [], "before it is in its place"
+        assert worker_dirs() == [], "before it is in its place"
 
-    monkeypatch.setattr(Place, "write", looked_at)
+    monkeypatch.setattr(WorkerDir, "write", looked_at)
     (base_folder() / ".killed-while-it-was-made").mkdir(mode=0o700)
     place = messenger.start(device.order())
-    assert places() == [place] and place.read().order.run_id == 1
+    assert worker_dirs() == [place] and place.read().order.run_id == 1
     assert [path.name for path in base_folder().iterdir()] == [place.folder.name]
 
 
@@ -288,9 +295,10 @@ def test_the_messenger_imports_no_torch() -> None:
 def test_what_the_worker_holds_of_the_gpu_counts_as_free(tmp_path: Path) -> None:
     library = build(tmp_path / "driver")
     code = (
-        "from rankfit.client.device import Held, device_report; "
+        "from rankfit.client.device import OwnMemory, device_report; "
         "from rankfit.configs.settings import RunSettings; "
-        f"found = device_report({{}}, RunSettings(), node_id=1, worker=Held(100, {500 * MIB})); "
+        "found = device_report({}, RunSettings(), node_id=1, "
+        f"worker=OwnMemory(100, {500 * MIB})); "
         "print(found.free_bytes, found.processes)"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(library)}
@@ -313,4 +321,4 @@ def test_two_starts_at_once_make_one_worker(device: Node) -> None:
     with ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(start_together) for _ in range(4)]:
             future.result()
-    assert len(places()) == 1
+    assert len(worker_dirs()) == 1

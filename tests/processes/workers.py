@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import tomli_w
 
-from rankfit.client.worker_registry import Place
+from rankfit.client.worker_registry import WorkerDir
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings, to_flat
 from tests.processes.deployment import (
@@ -89,7 +89,7 @@ class Federation:
     def log_of(self, worker: psutil.Process) -> Path:
         """Log of a living worker."""
         for folder in self.sockets():
-            place = Place(folder)
+            place = WorkerDir(folder)
             process = place.process()
             if process is not None and process.pid == worker.pid:
                 return place.read().log

@@ -259,7 +259,7 @@ def test_what_was_learnt_from_out_of_memory_survives_a_resume(tmp_path: Path) ->
 
 
 #: Ranks of the quickstart's three kinds of devices where they are not the plain 1, 2 and 8: one
-#: rank for all, half the bytes back when one factor moves, or ranks that differ by layer.
+#: rank for all, half the bytes back when one factor is trained, or ranks that differ by layer.
 OTHER_RANKS = {
     "fedit": {1},
     "straggler": {1},
@@ -292,9 +292,11 @@ def test_every_method_learns(method: str, tmp_path: Path) -> None:
 
 
 def test_the_tail_gives_low_rank_clients_the_whole_adapter(tmp_path: Path) -> None:
-    folder = run(settings_for(tmp_path, "tail", "method.name=flexlora", "method.tail=true"))
+    folder = run(
+        settings_for(tmp_path, "remainder", "method.name=flexlora", "method.remainder=true")
+    )
     plans = {p["client"]: p["plan"] for p in lines(folder, "plans.jsonl")}
-    assert plans["partition-1"]["tail-rank"] == 8
+    assert plans["partition-1"]["remainder-rank"] == 8
     client = lines(folder)[1]["clients"]["partition-1"]
     assert client["download-bytes"] > client["upload-bytes"]
     accuracy = [line["evaluation"]["accuracy"] for line in lines(folder)]

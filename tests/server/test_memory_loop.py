@@ -214,8 +214,8 @@ def test_a_peak_above_the_estimate_is_kept_free_shown_and_survives_a_resume(
     assert "kept free MiB" in report and "1.0" in report
     checkpoint = RunDirectory(settings("run.resume=true", "run.rounds=3")).load()
     assert checkpoint is not None
-    learnt = dict.fromkeys(BOTH, first["kept-free-bytes"])
-    assert list(checkpoint.strategy["corrections"].values()) == [learnt]
+    learned = dict.fromkeys(BOTH, first["kept-free-bytes"])
+    assert list(checkpoint.strategy["corrections"].values()) == [learned]
     resumed = settings("run.resume=true", "run.rounds=3")
     federate(FaultyGrid(resumed, {}), resumed)
     third = lines(folder)[3]["clients"][CUT]

@@ -167,7 +167,7 @@ def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
         (("method.name=lokr",), "lokr is for lora.form 'kronecker', not 'lora'"),
         (("method.name=flora",), "flora folds what it learns into the base"),
         (("method.name=flora", "server.optimizer=adam"), "server.optimizer 'adam' cannot be used"),
-        (("method.name=fslora", "method.tail=true"), "method.tail cannot be used with fslora"),
+        (("method.name=fslora", "method.remainder=true"), "method.remainder cannot be used"),
         (("method.name=fedit", "method.without=fisher"), "fedit has no part 'fisher'"),
         (("partition.kind=pathological", "partition.classes-per-client=11"), "only 10 classes"),
     ],

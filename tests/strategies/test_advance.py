@@ -8,7 +8,7 @@ from rankfit.adapters.adapter import Adapter, Factors
 from rankfit.adapters.merge import AverageFactors, Merge, Update
 from rankfit.adapters.product_merges import MeanProduct, Stacked
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
-from rankfit.strategies.server_update import Advance
+from rankfit.strategies.server_update import ServerUpdate
 from tests.adapters.oracle import best
 
 D, K, R, SCALE = 8, 6, 3, 2.0
@@ -56,7 +56,7 @@ def steps(name: str, targets: list[Tensor], start: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
 def test_server_optimizers_step_on_the_factors_where_these_keep_their_directions(name: str) -> None:
-    advance = Advance(run_settings(optimizer=name, learning_rate=0.5), folds=False)
+    advance = ServerUpdate(run_settings(optimizer=name, learning_rate=0.5), folds=False)
     current, targets = adapter(0), [adapter(seed) for seed in (1, 2, 3)]
     expected = steps(name, [t.factors[M].b for t in targets], current.factors[M].b)
     heads = steps(name, [t.head["head"] for t in targets], current.head["head"])
@@ -68,7 +68,7 @@ def test_server_optimizers_step_on_the_factors_where_these_keep_their_directions
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
 def test_server_optimizers_step_on_products_where_factors_are_rotated(name: str) -> None:
-    advance = Advance(run_settings(optimizer=name, learning_rate=0.5), folds=False)
+    advance = ServerUpdate(run_settings(optimizer=name, learning_rate=0.5), folds=False)
     current, target = adapter(0), adapter(1)
     expected = steps(name, [dense(target) / SCALE], dense(current) / SCALE)[0] * SCALE
     found = advance(merged(MeanProduct, current, target))
@@ -77,12 +77,12 @@ def test_server_optimizers_step_on_products_where_factors_are_rotated(name: str)
 
 def test_without_an_optimizer_the_merge_goes_through() -> None:
     target = adapter(1)
-    found = Advance(run_settings(), folds=False)(merged(AverageFactors, adapter(0), target))
+    found = ServerUpdate(run_settings(), folds=False)(merged(AverageFactors, adapter(0), target))
     assert torch.allclose(found.factors[M].b, target.factors[M].b)
 
 
 def test_the_moving_average_is_of_products_and_heads() -> None:
-    advance = Advance(run_settings(average=0.8), folds=False)
+    advance = ServerUpdate(run_settings(average=0.8), folds=False)
     current, exact, head = adapter(0), None, None
     for seed in (1, 2, 3, 4):
         current = advance(merged(AverageFactors, current, adapter(seed)))
@@ -98,7 +98,7 @@ def test_the_moving_average_is_of_products_and_heads() -> None:
 
 
 def test_what_is_folded_is_exported_with_the_adapter() -> None:
-    advance = Advance(run_settings(), folds=True)
+    advance = ServerUpdate(run_settings(), folds=True)
     current, exact = adapter(0), torch.zeros(D, K, dtype=torch.float64)
     for seed in (1, 2, 3, 4):
         exact = exact + dense(adapter(seed))
@@ -107,7 +107,7 @@ def test_what_is_folded_is_exported_with_the_adapter() -> None:
 
 
 def test_a_round_without_updates_moves_nothing() -> None:
-    advance = Advance(run_settings(optimizer="momentum"), folds=False)
+    advance = ServerUpdate(run_settings(optimizer="momentum"), folds=False)
     current = advance(merged(AverageFactors, adapter(0), adapter(1)))
     assert advance(AverageFactors(current, 0)) is current
 
@@ -116,9 +116,9 @@ def test_a_round_without_updates_moves_nothing() -> None:
 def test_the_state_goes_on_exactly_after_a_restore(kind: type[Merge]) -> None:
     optimizer = "none" if kind is Stacked else "adam"
     run = run_settings(optimizer=optimizer, average=0.7)
-    one = Advance(run, folds=kind is Stacked)
+    one = ServerUpdate(run, folds=kind is Stacked)
     current = one(merged(kind, adapter(0), adapter(1)))
-    other = Advance(run, folds=kind is Stacked)
+    other = ServerUpdate(run, folds=kind is Stacked)
     other.restore({name: tensor.clone() for name, tensor in one.state().items()}, 1)
     left, right = (each(merged(kind, current, adapter(2))) for each in (one, other))
     for name, tensor in left.state_dict().items():
@@ -129,4 +129,4 @@ def test_the_state_goes_on_exactly_after_a_restore(kind: type[Merge]) -> None:
 
 def test_a_server_optimizer_is_refused_where_the_adapter_starts_anew() -> None:
     with pytest.raises(ConfigError, match="cannot be used with"):
-        Advance(run_settings(optimizer="adam"), folds=True)
+        ServerUpdate(run_settings(optimizer="adam"), folds=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.strategies.allocation import (
-    Choice,
+    AllocationContext,
     FisherShares,
     OneRank,
     OnlyFullRank,
@@ -26,13 +26,15 @@ from rankfit.strategies.methods import configured, find, methods
 LAYERS = 12
 
 
-def choice(largest: dict[str, int], rank: int = 48, number: int = 1, **extra: object) -> Choice:
+def choice(
+    largest: dict[str, int], rank: int = 48, number: int = 1, **extra: object
+) -> AllocationContext:
     flat = {"lora.rank": rank, **extra.pop("flat", {})}  # type: ignore[dict-item]
     modules = tuple(f"encoder.layer.{i}.{part}" for i in range(LAYERS) for part in ("q", "v"))
-    return Choice(largest, modules, number, from_flat(flat), **extra)  # type: ignore[arg-type]
+    return AllocationContext(largest, modules, number, from_flat(flat), **extra)  # type: ignore[arg-type]
 
 
-def scored(values: list[float], **changes: object) -> Choice:
+def scored(values: list[float], **changes: object) -> AllocationContext:
     scores = {f"encoder.layer.{i}.{part}": v / 2 for i, v in enumerate(values) for part in "qv"}
     return choice({"weak": 24, "middle": 36, "strong": 48}, number=21, scores=scores, **changes)
 
@@ -74,7 +76,7 @@ def test_no_allocation_spends_more_than_rank_times_layers(
 ) -> None:
     values = data.draw(st.lists(st.floats(0, 1e6), min_size=LAYERS, max_size=LAYERS))
     case = scored(values)
-    case = Choice({"a": rank, "b": 48}, case.modules, 21, case.settings, case.scores)
+    case = AllocationContext({"a": rank, "b": 48}, case.modules, 21, case.settings, case.scores)
     for client, ranks in find(name).allocate.ranks(case).items():
         assert ranks and min(ranks.values()) >= 1 and max(ranks.values()) <= 48
         assert sum(ranks.values()) <= 2 * case.budget(client)
@@ -90,7 +92,7 @@ def test_hralora_keeps_to_the_papers_example() -> None:
 
 
 def test_hralora_warms_up_with_all_layers_and_redraws_every_period() -> None:
-    warm = Choice({"a": 8}, choice({}).modules, 20, from_flat({"lora.rank": 48}))
+    warm = AllocationContext({"a": 8}, choice({}).modules, 20, from_flat({"lora.rank": 48}))
     assert set(FisherShares().ranks(warm)["a"].values()) == {8}
     run = from_flat({"lora.rank": 48})
     due = [n for n in range(1, 70) if FisherShares().scored(n, run)]
@@ -163,7 +165,7 @@ def test_fed_hello_gives_whole_layers_at_the_global_rank() -> None:
 def moves(name: str, rounds: int, **flat: object) -> str:
     run = from_flat({f"method.{key}": value for key, value in flat.items()})  # type: ignore[misc]
     schedule = configured(find(name), run).schedule
-    return " ".join(schedule(number, run).moves for number in range(1, rounds + 1))
+    return " ".join(schedule(number, run).trainable for number in range(1, rounds + 1))
 
 
 def test_schedules() -> None:
@@ -195,8 +197,8 @@ def test_parts_can_be_switched_off_and_unknown_ones_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["flora", "fedex-lora", "fslora"])
 def test_a_tail_is_refused_where_it_has_no_place(name: str) -> None:
-    run = from_flat({"method.name": name, "method.tail": True})
-    with pytest.raises(ConfigError, match=f"method.tail cannot be used with {name}"):
+    run = from_flat({"method.name": name, "method.remainder": True})
+    with pytest.raises(ConfigError, match=f"method.remainder cannot be used with {name}"):
         configured(find(name), run)
 
 

@@ -1,4 +1,4 @@
-"""Plans for a deadline: by the pace that a client's own rounds were measured at."""
+"""Plans for a deadline: by the throughput that a client's own rounds were measured at."""
 
 import pytest
 
@@ -24,8 +24,8 @@ def test_a_slow_client_gets_less_rank_from_the_next_round_on(method: str) -> Non
     assert first.rank == 8
     own.timed("strong", first, seconds_at(own, 4.5), 100)
     second = own.plan_fleet(fleet())
-    pace = own._paces["strong"]
-    assert pace.seconds(own._estimator(("both",)).flops(second["strong"])) <= 10.0
+    throughput = own._throughputs["strong"]
+    assert throughput.seconds(own._estimator(("both",)).flops(second["strong"])) <= 10.0
     assert second["slow"].rank == own.plan_fleet(fleet(), 1)["slow"].rank
 
 
@@ -35,10 +35,12 @@ def test_paces_are_a_mean_and_survive_a_resume() -> None:
     for seconds in (10.0, 30.0):
         own.timed("strong", plan, seconds, 100)
     flops = 100 * own._estimator(("both",)).flops(plan)
-    assert own._paces["strong"].flops_per_second == pytest.approx((flops / 10 + flops / 30) / 2)
+    assert own._throughputs["strong"].flops_per_second == pytest.approx(
+        (flops / 10 + flops / 30) / 2
+    )
     again = planner(run_settings(**DEADLINE, **{"method.name": "flexlora"}))
     again.restore(own.state())
-    assert again._paces == own._paces
+    assert again._throughputs == own._throughputs
 
 
 def test_without_a_deadline_no_pace_is_kept() -> None:

@@ -69,9 +69,9 @@ def test_every_plan_of_every_round_keeps_every_budget(name: str, download: float
         for client, plan in plans.items():
             report = reports[client]
             budget = Budget(own._estimator(stage.phases), report, plan, own._method.start.folds)
-            assert plan.moves == stage.moves
+            assert plan.trainable == stage.trainable
             assert plan.peak_bytes <= report.budget_bytes
-            up = budget.upload_bytes(plan.ranks, (plan.moves,))
+            up = budget.upload_bytes(plan.ranks, (plan.trainable,))
             assert up <= link_bytes(0.02, report.upload_mbps)
             if download:
                 assert budget.download_bytes(plan.ranks) <= link_bytes(0.08, report.download_mbps)
@@ -82,7 +82,7 @@ def test_the_warm_up_of_hralora_has_less_rank_than_its_alternation() -> None:
     """Twice the bytes come back in the warm-up: the paper doubles the rank there."""
     own = planner(run_settings(**{"method.name": "hralora"}))
     warm, after = (own.plan_fleet(fleet(), number)["slow"] for number in (1, 3))
-    assert warm.moves == "both" and after.moves == "b"
+    assert warm.trainable == "both" and after.trainable == "b"
     targets = len(warm.ranks)
     assert sum(after.ranks.values()) / targets > 1.5 * sum(warm.ranks.values()) / targets
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_sent_folded_is_a_clear_error() -> None:
 def test_the_memory_of_the_folded_part_is_counted() -> None:
     plain = planner(run_settings(**{"method.name": "flexlora"})).plan_fleet(fleet())["strong"]
     folding = planner(run_settings(**{"method.name": "flora"})).plan_fleet(fleet())["strong"]
-    assert folding.peak_bytes > plain.peak_bytes and folding.tail_rank > RANK
+    assert folding.peak_bytes > plain.peak_bytes and folding.remainder_rank > RANK
 
 
 def test_a_pruned_client_is_never_planned_above_its_rank_again() -> None:
@@ -125,14 +125,14 @@ def test_clients_that_a_method_leaves_out_are_named(caplog: pytest.LogCaptureFix
 def test_rankfit_brings_a_tail_where_it_costs_no_trained_rank() -> None:
     plans = planner(run_settings(**{"method.name": "rankfit"})).plan_fleet(fleet())
     plain = planner(run_settings(**{"method.name": "flexlora"})).plan_fleet(fleet())
-    assert plans["slow"].tail_rank == RANK and plans["slow"].ranks == plain["slow"].ranks
+    assert plans["slow"].remainder_rank == RANK and plans["slow"].ranks == plain["slow"].ranks
     assert plans["slow"].peak_bytes > plain["slow"].peak_bytes
-    assert not plans["strong"].tail_rank, "the whole adapter is trained there"
+    assert not plans["strong"].remainder_rank, "the whole adapter is trained there"
     narrow = fleet(slow=(64.0, 1.3, 0.8))
     settings = run_settings(**{"method.name": "rankfit", "plan.download-seconds": 0.08})
-    assert not planner(settings).plan_fleet(narrow)["slow"].tail_rank
-    without = run_settings(**{"method.name": "rankfit", "method.without": "tail"})
-    assert not planner(without).plan_fleet(fleet())["slow"].tail_rank
+    assert not planner(settings).plan_fleet(narrow)["slow"].remainder_rank
+    without = run_settings(**{"method.name": "rankfit", "method.without": "remainder"})
+    assert not planner(without).plan_fleet(fleet())["slow"].remainder_rank
 
 
 def test_a_plan_says_how_fast_its_factors_learn() -> None:

@@ -1,4 +1,4 @@
-"""What clients are given: FSLoRA's sketch, tails, folded parts."""
+"""What clients are given: FSLoRA's sketch, remainders, folded parts."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def adapter(rank: int = R, seed: int = 0) -> Adapter:
     return Adapter(factors, SCALE, {"head.bias": torch.ones(3)})
 
 
-def plan(rank: int, tail: int = 0) -> Plan:
-    return Plan(dict.fromkeys(MODULES, rank), "both", 8, 1, False, 1, 1, "cap", tail)
+def plan(rank: int, remainder: int = 0) -> Plan:
+    return Plan(dict.fromkeys(MODULES, rank), "both", 8, 1, False, 1, 1, "cap", remainder)
 
 
 def dense(value: Adapter, module: str) -> Tensor:
@@ -85,7 +85,7 @@ def test_draws_differ_by_seed_and_repeat_with_it() -> None:
 
 def test_the_tail_holds_what_the_trained_part_lacks() -> None:
     whole = adapter()
-    share = Leading().share(whole, None, plan(2, tail=R), 0)
+    share = Leading().share(whole, None, plan(2, remainder=R), 0)
     assert share.given.ranks == dict.fromkeys(MODULES, 2) and share.frozen is not None
     for module in MODULES:
         both = dense(share.given, module) + dense(share.frozen, module)
@@ -96,10 +96,10 @@ def test_the_tail_holds_what_the_trained_part_lacks() -> None:
 
 def test_the_folded_part_travels_behind_the_trained_one() -> None:
     whole, folded = adapter(), Adapter(adapter(4, seed=9).factors, SCALE)
-    share = LeadingOnFolded().share(whole, folded, plan(2, tail=7), 0)
+    share = LeadingOnFolded().share(whole, folded, plan(2, remainder=7), 0)
     assert share.travels.ranks == dict.fromkeys(MODULES, 6)
     assert share.travels.cut(dict.fromkeys(MODULES, 2)).ranks == share.given.ranks
     rest = share.travels.rest(dict.fromkeys(MODULES, 2))
     assert torch.equal(rest.factors[MODULES[0]].b, folded.factors[MODULES[0]].b)
-    first = LeadingOnFolded().share(whole, None, plan(2, tail=7), 0)
+    first = LeadingOnFolded().share(whole, None, plan(2, remainder=7), 0)
     assert first.travels.ranks == first.given.ranks

@@ -123,8 +123,8 @@ def test_the_prompt_of_each_task_to_the_byte(adapters: Path, task: str) -> None:
     asked = data.encoder.prompt(passage, data.room)
     assert data.encoder.tokenizer.decode(asked) == "<s>" + expected
     assert trained["input_ids"][0, : len(asked)].tolist() == asked
-    learnt = data.encoder.tokenizer.decode(trained["labels"][0][len(asked) :])
-    assert learnt == f"the correct answer is {answer}</s>"
+    target = data.encoder.tokenizer.decode(trained["labels"][0][len(asked) :])
+    assert target == f"the correct answer is {answer}</s>"
     assert family_of(answer) == FAMILIES[task]
 
 

@@ -66,7 +66,7 @@ def load(folder: Path, model: Path, records: list[Any], **changes: object) -> La
 
 
 def texts(task: LanguageTask, row: int = 0) -> tuple[str, str]:
-    """The whole of an example, and what is learnt of it."""
+    """The whole of an example, and what is learned of it."""
     batch = task.train.collate([row])
     labels = batch["labels"][0]
     decode = task.encoder.tokenizer.decode
@@ -145,12 +145,12 @@ def test_turns_systems_and_tools_are_the_templates(models: dict[str, Path], tmp_
     ]
     listed = [{"name": "weather"}]
     task = load(tmp_path, models["tools"], [{"messages": messages, "tools": listed}] * 3)
-    whole, learnt = texts(task)
+    whole, target = texts(task)
     assert whole == (
         "<tools>weather;</tools><system>Be brief.</s><user>weather in Rome</s>"
         "<assistant>[call weather]</s><tool>sunny</s><assistant>sunny</s>"
     )
-    assert learnt == "[call weather]</s>sunny</s>"
+    assert target == "[call weather]</s>sunny</s>"
     shared = [
         {"from": "human", "value": "weather in Rome"},
         {"from": "function_call", "value": json.dumps(call["function"])},
@@ -158,7 +158,7 @@ def test_turns_systems_and_tools_are_the_templates(models: dict[str, Path], tmp_
         {"from": "gpt", "value": "sunny"},
     ]
     record = {"conversations": shared, "system": "Be brief.", "tools": json.dumps(listed)}
-    assert texts(load(tmp_path, models["tools"], [record] * 3)) == (whole, learnt)
+    assert texts(load(tmp_path, models["tools"], [record] * 3)) == (whole, target)
     instruction = {
         "instruction": "Name a fruit.", "output": "apple", "system": "Be brief.",
         "history": [["weather in Rome", "sunny"]],

@@ -15,7 +15,7 @@ from rankfit.tasks import load_task
 from rankfit.tasks.base_model import ModelError, inject, load_base, target_modules
 from rankfit.tasks.data import DataError
 from rankfit.tasks.generation import log_likelihoods, write
-from rankfit.tasks.lora import fisher_scores, learnt
+from rankfit.tasks.lora import count_targets, fisher_scores
 from rankfit.tasks.packing import IGNORED
 from rankfit.tasks.prompts import as_passage, segments
 
@@ -70,7 +70,7 @@ def test_the_loss_is_taken_over_answers_or_over_all(model_folder: Path, tmp_path
     whole = task_for(model_folder, tmp_path, **{"data.test-fraction": 0.01, "task.loss": "all"})
     text = decode_learnt(whole, whole.train.collate([0]), 0)
     assert text.startswith("Below is an instruction") and text.endswith("</s>")
-    assert learnt(batch["labels"]) == int((batch["labels"] != IGNORED).sum())
+    assert count_targets(batch["labels"]) == int((batch["labels"] != IGNORED).sum())
 
 
 def test_padding_is_on_the_right_and_is_never_learnt(model_folder: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_packed_row_learns_what_its_members_learn_alone(
     one, many = alone.train.collate(rows), packed.train.collate(rows)
     assert list(many) == list(packed.example_batch(4))
     assert len(many["input_ids"]) < len(one["input_ids"])
-    assert learnt(one["labels"]) == learnt(many["labels"])
+    assert count_targets(one["labels"]) == count_targets(many["labels"])
     with torch.no_grad():
         assert base(**many).loss.item() == pytest.approx(base(**one).loss.item(), abs=1e-5)
 

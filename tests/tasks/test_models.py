@@ -89,7 +89,7 @@ def test_train_and_eject_leaves_the_base_as_it_was(model_type, precision, config
             scale=0.1,
             dropout=0.1,
             heads=heads,
-            tail_ranks={name: 5 - rank for name, rank in ranks.items()},
+            remainder_ranks={name: 5 - rank for name, rank in ranks.items()},
         )
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert all(".default." in name for name in trained)
@@ -139,7 +139,7 @@ def test_the_tail_takes_part_in_the_forward_pass(config_file):
         scale=0.5,
         dropout=0.0,
         heads=("classifier",),
-        tail_ranks={names[0]: 3, names[-1]: 3},  # the last module has the tail alone
+        remainder_ranks={names[0]: 3, names[-1]: 3},  # the last module has the remainder alone
     )
     assert torch.equal(model(**batch("image")).logits, plain)
     layers = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
@@ -182,7 +182,7 @@ def test_the_empty_model_has_the_shapes_of_the_real_one(model_type, config_file)
             scale=1.0,
             dropout=0.1,
             heads=models.head_modules(model),
-            tail_ranks=dict.fromkeys(names, 1),
+            remainder_ranks=dict.fromkeys(names, 1),
         )
         shapes.append(
             {n: (p.shape, p.dtype, p.requires_grad) for n, p in peft_model.named_parameters()}

@@ -66,9 +66,9 @@ def test_adapters_train_on_a_quantised_base(root: Path, kind: str) -> None:
         before = space.base(**space.task.train.collate(range(8))).logits
     assert fingerprint(space.base, heads=()) != fingerprint(plain.base, heads=())
     start = initial(shapes, 4, 1.0, {}, seed=0)
-    plan = Plan(ranks=start.ranks, moves="both", micro_batch=8, accumulation=1,
+    plan = Plan(ranks=start.ranks, trainable="both", micro_batch=8, accumulation=1,
                 checkpointing=False, peak_bytes=0, budget_bytes=0, binding="cap",
-                tail_rank=0, precision=kind)  # fmt: skip
+                remainder_rank=0, precision=kind)  # fmt: skip
     rows = np.arange(8)
     first = evaluate(space, start, rows)["loss"]
     update = train(space, Job("one", 1, plan, start, rows, None))
@@ -79,7 +79,7 @@ def test_adapters_train_on_a_quantised_base(root: Path, kind: str) -> None:
     with torch.no_grad():
         after = space.base(**space.task.train.collate(range(8))).logits
     assert torch.allclose(after, before, atol=0.02)
-    # What was learnt on the quantised base holds on the 16-bit one, into which it is merged.
+    # What was learned on the quantised base holds on the 16-bit one, into which it is merged.
     assert evaluate(plain, trained, rows)["loss"] < evaluate(plain, start, rows)["loss"] - 0.1
 
 
@@ -90,7 +90,7 @@ def test_what_flora_folds_lies_beside_a_quantised_base(root: Path) -> None:
     start, folded = (initial(shapes, 4, 1.0, {}, seed) for seed in (0, 1))
     moved = {m: Factors(torch.randn_like(own.b), own.a) for m, own in folded.factors.items()}
     sent = join(start, Adapter(moved, 1.0))
-    plan = Plan(start.ranks, "both", 8, 1, False, 0, 0, "cap", tail_rank=8, precision="nf4")
+    plan = Plan(start.ranks, "both", 8, 1, False, 0, 0, "cap", remainder_rank=8, precision="nf4")
     rows = np.arange(8)
     update = train(space, Job("one", 1, plan, sent, rows, None))
     trained = Adapter.from_state_dict(update.state, 1.0)

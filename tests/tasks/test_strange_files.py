@@ -176,9 +176,9 @@ def test_a_list_in_a_csv_as_pandas_writes_it(models: dict[str, Path], tmp_path: 
 
 def test_a_conversation_that_the_assistant_opens(models: dict[str, Path], tmp_path: Path) -> None:
     opened = [{"role": "assistant", "content": "hello"}, *TURNS]
-    whole, learnt = texts(load(tmp_path, models["tools"], [{"messages": opened}] * 4))
+    whole, target = texts(load(tmp_path, models["tools"], [{"messages": opened}] * 4))
     assert whole == "<assistant>hello</s><user>Name a fruit.</s><assistant>apple</s>"
-    assert learnt == "apple</s>"
+    assert target == "apple</s>"
     with pytest.raises(RecordError, match="row 0 has no answer that follows something"):
         _ = load(tmp_path, models["tools"], [{"messages": opened[:1]}] * 4).train
 
@@ -189,8 +189,8 @@ def test_calls_that_a_template_leaves_out_are_no_empty_answers(
     """OpenAI's arguments are JSON text; a template writes them as the mapping that they are."""
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     turns = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
-    _, learnt = texts(load(tmp_path, models["tools"], [{"messages": turns}] * 4))
-    assert learnt == "[call weather]</s>"
+    _, target = texts(load(tmp_path, models["tools"], [{"messages": turns}] * 4))
+    assert target == "[call weather]</s>"
     with pytest.raises(RecordError, match="row 0 calls the tool 'weather', which the tokenizer's"):
         _ = load(tmp_path, models["strict"], [{"messages": turns}] * 4).train
 
@@ -199,8 +199,8 @@ def test_a_text_that_holds_its_start_and_end_has_them_once(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     for text in ("one two", "<s>one two", "one two</s>", "<s>one two</s>"):
-        whole, learnt = texts(load(tmp_path, models["tools"], [{"text": text}] * 4))
-        assert (whole, learnt) == ("<s>one two</s>", "one two</s>")
+        whole, target = texts(load(tmp_path, models["tools"], [{"text": text}] * 4))
+        assert (whole, target) == ("<s>one two</s>", "one two</s>")
     record = {"prompt": "<s>[INST] hi [/INST] ", "completion": "yo</s>"}
     task = load(tmp_path, models["tools"], [record] * 4)
     assert texts(task) == ("<s>[INST] hi [/INST] yo</s>", "yo</s>")
@@ -226,9 +226,9 @@ def test_answers_that_are_not_to_be_learnt(models: dict[str, Path], tmp_path: Pa
     """OpenAI's ``weight`` of 0, axolotl's ``train`` of false; an empty answer is a mistake."""
     for mark in ({"weight": 0}, {"train": False}):
         turns = [TURNS[0], {**TURNS[1], "content": "pear", **mark}, *TURNS]
-        whole, learnt = texts(load(tmp_path, models["tools"], [{"messages": turns}] * 4))
-        assert "<assistant>pear</s>" in whole and learnt == "apple</s>"
-        with pytest.raises(RecordError, match="row 0 has no token that could be learnt"):
+        whole, target = texts(load(tmp_path, models["tools"], [{"messages": turns}] * 4))
+        assert "<assistant>pear</s>" in whole and target == "apple</s>"
+        with pytest.raises(RecordError, match="row 0 has no token to learn"):
             _ = load(tmp_path, models["tools"], [{"messages": turns[:2]}] * 4).train
     shared = [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": " "}]
     with pytest.raises(RecordError, match="row 0 has an empty answer"):
@@ -239,8 +239,8 @@ def test_a_call_in_the_old_form(models: dict[str, Path], tmp_path: Path) -> None
     call = {"name": "weather", "arguments": '{"city": "Rome"}'}
     turns = [TURNS[0], {"role": "assistant", "content": None, "function_call": call},
              {"role": "function", "name": "weather", "content": "sunny"}, TURNS[1]]  # fmt: skip
-    _, learnt = texts(load(tmp_path, models["tools"], [{"messages": turns}] * 4))
-    assert learnt == "[call weather]</s>apple</s>"
+    _, target = texts(load(tmp_path, models["tools"], [{"messages": turns}] * 4))
+    assert target == "[call weather]</s>apple</s>"
 
 
 def test_a_letter_and_its_accent_are_one_letter(tmp_path: Path) -> None:
