@@ -44,8 +44,8 @@ def check_run(settings: RunSettings) -> list[str]:
     with _noted() as notes:
         _check_places(settings)
         _check_size(settings)
+        task = _check_data(settings)  # before the method, whose modules import PEFT
         method = _check_method(settings)
-        task = _check_data(settings)
         _check_model(settings, method, task)
     return notes
 
@@ -99,6 +99,7 @@ def _check_data(settings: RunSettings) -> "Task":
 
 def _check_model(settings: RunSettings, method: "Method", task: "Task") -> None:
     """Targets, ranks, heads and plans, on a model without weights."""
+    from rankfit.adapters.adapter import initial
     from rankfit.tasks.base_model import (
         build_empty,
         build_random,
@@ -107,7 +108,9 @@ def _check_model(settings: RunSettings, method: "Method", task: "Task") -> None:
         target_modules,
         whole_modules,
     )
-    from rankfit.tasks.lora import target_shapes
+    from rankfit.tasks.lora import head_tensors, target_shapes
+    from rankfit.tasks.peft_adapter import read_start
+    from rankfit.tasks.targets import shared_heads
 
     model, kind = settings.model, settings.task.kind
     for each in (model, *(model.at(p) for p in split_list(settings.plan.precisions))):
@@ -116,8 +119,12 @@ def _check_model(settings: RunSettings, method: "Method", task: "Task") -> None:
         model, labels=task.labels, problem=settings.task.problem, names=task.output_names
     )
     empty = build_empty(config, kind, attention=model.attention, precision=model.precision)
-    target_shapes(empty, target_modules(empty, settings.lora.targets), settings.lora.rank)
+    rank = settings.lora.rank
+    shapes = target_shapes(empty, target_modules(empty, settings.lora.targets), rank)
     whole_modules(empty, settings.head)
+    if settings.lora.start:
+        heads = head_tensors(empty, shared_heads(empty, settings.head))
+        read_start(settings, initial(shapes, rank, settings.lora.scale, heads, 0))
     if settings.task.packing and empty.num_parameters() <= _SMALL:
         task.check_model(build_random(config, kind, model))
     if settings.fleet.memory_mib:
@@ -134,7 +141,8 @@ def _check_plans(settings: RunSettings, method: "Method", task: "Task") -> None:
     inputs = inputs_of(task.example_batch(1))
     estimator = Estimator.for_run(settings, config, inputs, whole_head=method.rates.whole_head)
     reasons = []
-    for number in range(len(split_numbers(settings.fleet.memory_mib, "fleet.memory-mib"))):
+    memory = split_numbers(settings.fleet.memory_mib, "fleet.memory-mib")
+    for number in sorted(range(len(memory)), key=lambda each: -memory[each]):
         node = {"partition-id": number, "num-partitions": settings.simulation.clients}
         fit = estimator.fit(device_report(node, settings, node_id=number))
         if isinstance(fit, Estimate):

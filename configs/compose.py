@@ -49,8 +49,15 @@ def compose(parts: Sequence[str], *, deployed: bool = False) -> RunSettings:
     return from_flat(flat)
 
 
-#: Settings that hold a path; the first two may hold a hub id or a scheme in its place.
-_PATHS = ("model.source", "data.source", "head.directory", "plan.calibration", "run.directory")
+#: Settings that hold a path; the first three may hold a hub id or a scheme in its place.
+_PATHS = (
+    "model.source",
+    "data.source",
+    "lora.start",
+    "head.directory",
+    "plan.calibration",
+    "run.directory",
+)
 #: Those of folders that a run makes.
 _MADE = ("run.directory", "head.directory")
 #: Sources that are found by another way than a path.

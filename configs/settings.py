@@ -110,6 +110,11 @@ class Lora(Table):
     dropout: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.0, "Share of an adapter's inputs that training sets to zero."
     )
+    start: str = setting(
+        "",
+        "LoRA adapter that the run begins with: a folder that PEFT saved (such as `checkpoint` of "
+        "a run) or a hub id, of any rank.",
+    )
     form: Form = setting(
         "lora", "What is added to a weight: B·A, or W₁ ⊗ (B·A), for the method `lokr` alone."
     )
@@ -498,10 +503,18 @@ RENAMED = {
     "wire.skip-held": "wire.delta",
     "method.tail": "method.remainder",
 }
+_DORA = (
+    "there is no DoRA, whose magnitudes cannot be averaged over ranks as products can: use "
+    "plain LoRA, with lora.targets=all-linear or a higher lora.rank where it falls short"
+)
+#: Keys that others have, and what to use.
+ABSENT = {"lora.dora": _DORA, "lora.use-dora": _DORA, "lora.use_dora": _DORA}
 
 
 def refuse_renamed(key: str) -> None:
-    """Raise :class:`ConfigError` with the new name for a key that has been renamed."""
+    """Raise :class:`ConfigError` with what to use for a key that is no more, or never was."""
+    if key in ABSENT:
+        raise ConfigError(f"setting {key!r}: {ABSENT[key]}")
     if key in RENAMED:
         raise ConfigError(f"setting {key!r} has been renamed: write {RENAMED[key]!r}")
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from rankfit.adapters.adapter import Adapter, initial
@@ -37,6 +39,7 @@ from rankfit.tasks.base_model import (
 from rankfit.tasks.lora import head_tensors, target_shapes
 from rankfit.tasks.model_sources import resolve_source
 from rankfit.tasks.partition import partition_of
+from rankfit.tasks.peft_adapter import start_from
 from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,8 @@ log = logging.getLogger(__name__)
 #: Of this process: runs that follow one another trace a step once.
 _TRACES = TraceCache()
 
+#: Examples of each client whose length is measured for the report.
+_MEASURED = 200
 #: How long the end of a run waits for clients to end their workers.
 _FAREWELL_SECONDS = 30.0
 
@@ -153,13 +158,14 @@ def build(settings: RunSettings) -> Federation:
         settings, base.config, inputs, phases=phases, whole_head=method.rates.whole_head,
         traces=_TRACES,
     )  # fmt: skip
-    start = initial(
+    fresh = initial(
         shapes,
         settings.lora.rank,
         settings.lora.scale,
         head_tensors(base, heads),
         derive(settings.run.seed, "adapter"),
     )
+    start = start_from(settings, fresh)
     planner = Planner(settings, method, estimator)
     own = fingerprint(base, heads=heads)
     evaluator = Evaluator(settings, task, base, heads)
@@ -179,7 +185,13 @@ def who_holds_what(federation: Federation) -> Holdings | None:
     if task is None or not partitions:
         return None
     parts = partition_of(task.train.examples, federation.settings, partitions)
-    return Holdings(parts, task.train.labels, task.class_names)
+    lengths = [task.train.lengths(part[_evenly(len(part))].tolist()) for part in parts]
+    return Holdings(parts, task.train.labels, task.class_names, lengths)
+
+
+def _evenly(count: int) -> NDArray[np.int64]:
+    """Positions of at most :data:`_MEASURED` of so many examples, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, _MEASURED)).astype(np.int64))
 
 
 def play_round(

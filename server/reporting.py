@@ -276,11 +276,14 @@ class Holdings:
         Class of every training example, (n,).
     class_names : sequence of str
         Empty where labels are no classes.
+    lengths : sequence of sequence of int
+        Tokens of some of each client's examples; empty of pictures.
     """
 
     parts: Sequence[NDArray[np.int64]]
     labels: NDArray[np.int64]
     class_names: Sequence[str]
+    lengths: Sequence[Sequence[int]] = ()
 
     def counts(self) -> NDArray[np.int64]:
         """Examples by client and class, (clients, classes)."""
@@ -296,7 +299,13 @@ class Holdings:
             "examples": len(self.labels),
             "classes": list(self.class_names),
             "clients": [
-                {"partition": number, "samples": len(part), "counts": row, "indices": part.tolist()}
+                {
+                    "partition": number,
+                    "samples": len(part),
+                    "counts": row,
+                    "lengths": self._lengths(number),
+                    "indices": part.tolist(),
+                }
                 for number, (part, row) in enumerate(
                     zip(self.parts, self.counts().tolist(), strict=True)
                 )
@@ -304,6 +313,13 @@ class Holdings:
         }
         (folder / PARTITION).write_text(json.dumps(record), encoding="utf-8")
         self.draw(folder / PLOT)
+
+    def _lengths(self, client: int) -> dict[str, int]:
+        """Median and largest number of tokens, and of how many examples; {} of pictures."""
+        own = self.lengths[client] if self.lengths else ()
+        if not own:
+            return {}
+        return {"median": int(np.median(own)), "longest": max(own), "measured": len(own)}
 
     def draw(self, file: Path) -> None:
         """Draw one bar a client, its classes stacked; the ending of the name is the format."""
@@ -357,6 +373,12 @@ svg { max-width: 100%; height: auto; } .dropped { color: #b00; }
 <td>{{ "%.2f"|format(c.peak_bytes / mebi) }}</td>
 <td>{{ "%.2f"|format(c.kept_free_bytes / mebi) }}</td>
 <td>{{ "%.1f"|format(c.seconds) }}</td></tr>{% endfor %}</table>
+{% if holdings %}<h2>What clients hold</h2>
+<table><tr><th>client</th><th>examples</th><th>classes held</th><th>most frequent class</th>
+<th>tokens, median</th><th>tokens, longest</th></tr>
+{% for h in holdings %}<tr><td>{{ h.client }}</td><td>{{ h.samples }}</td><td>{{ h.held }}</td>
+<td>{{ h.most }}</td><td>{{ h.median }}</td><td>{{ h.longest }}</td></tr>
+{% endfor %}</table>{% endif %}
 {% if drops %}<h2>Updates that were dropped</h2>
 <ul>{% for d in drops %}<li class="dropped">round {{ d[0] }}, {{ d[1] }}: {{ d[2] }}</li>
 {% endfor %}</ul>{% endif %}
@@ -380,10 +402,34 @@ def write_report(folder: Path, settings: RunSettings, rounds: Sequence[Line]) ->
         clients=clients(rounds),
         mebi=MIB,
         drops=drops(rounds),
+        holdings=_balance(folder / PARTITION),
     )
     file = folder / "report.html"
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def _balance(file: Path) -> list[dict[str, Any]]:
+    """What each client holds, of a run that divides one data set; [] of other runs."""
+    if not file.is_file():
+        return []
+    record = json.loads(file.read_text(encoding="utf-8"))
+    names = record["classes"] if any(record["classes"]) else []
+    rows = []
+    for own in record["clients"]:
+        counts, lengths = own["counts"], own.get("lengths", {})
+        top = int(np.argmax(counts)) if names and own["samples"] else -1
+        rows.append(
+            {
+                "client": f"partition-{own['partition']}",
+                "samples": own["samples"],
+                "held": sum(count > 0 for count in counts) if names else "–",
+                "most": f"{names[top]} ({counts[top] / own['samples']:.0%})" if top >= 0 else "–",
+                "median": lengths.get("median", "–"),
+                "longest": lengths.get("longest", "–"),
+            }
+        )
+    return rows
 
 
 def _plots(rounds: Sequence[Line]) -> list[str]:

@@ -72,6 +72,14 @@ class TextSplit(Split):
         text = self.examples.inputs[row]
         return sum(map(len, text)) if isinstance(text, tuple) else len(text)
 
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """See the base class."""
+        if not rows:
+            return []
+        inputs = [self.examples.inputs[row] for row in rows]
+        mask = encode(self._tokenizer, inputs, self._max_length)["attention_mask"]  # (b, longest)
+        return [int(length) for length in mask.sum(dim=1)]
+
     def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
         inputs = [self.examples.inputs[row] for row in rows]
         return encode(self._tokenizer, inputs, self._max_length)

@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,7 @@ from rankfit.tasks.records import (
     select,
     wrong_label,
 )
+from rankfit.tasks.tables import ENDINGS
 
 __all__ = ["DataError", "Dataset", "Examples", "known_labels", "read_data"]
 
@@ -232,7 +234,8 @@ def _folder_parts(
             return _folder_parts(inside[0], source, columns, settings)
         raise DataError(
             f"data folder {source!r}: nothing matches data.train {data.train!r}; it holds "
-            f"{', '.join(sorted(item.name for item in place.iterdir())[:8]) or 'nothing'}",
+            f"{', '.join(sorted(item.name for item in place.iterdir())[:8]) or 'nothing'} (files "
+            f"that can be read end in {', '.join(ENDINGS)})",
             fault=_MISSING,
         )
     test = find_test(place, columns, data)
@@ -458,6 +461,7 @@ def _cache(raw: Raw, settings: RunSettings, model: str) -> Path | None:
         "task": settings.task.model_dump(mode="json"),
         "data": settings.data.model_dump(mode="json", exclude={"source"}),
         "packages": [version(name) for name in _PACKAGES],
+        "code": _own_code(),
         "reading": None if raw.reading is None else dict(raw.reading.columns),
     }
     name = hashlib.sha256(json.dumps(means, sort_keys=True).encode()).hexdigest()
@@ -473,6 +477,15 @@ def _cache(raw: Raw, settings: RunSettings, model: str) -> Path | None:
         return folder / f"{name}.json"
     except OSError:
         return None
+
+
+@cache
+def _own_code() -> str:
+    """Hash of the modules that read, render and encode: what one refuses, the last may not have."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _load(place: Path | None) -> Wrong | None:

@@ -29,6 +29,9 @@ from rankfit.tasks.tokenizer import check_text, load_tokenizer
 
 log = logging.getLogger(__name__)
 
+#: Tokens of a split that are stored; of a set larger than memory the rest is tokenized anew.
+_STORED_TOKENS = 2**23
+
 
 class Encoder:
     """Turns passages and prompts into tokens.
@@ -63,6 +66,11 @@ class Encoder:
             last = self._ids(part.text)
             tokens += last
             target += [part.target or everything] * len(last)
+        # A text that was written with the tokens that open and close it has them once.
+        if opens and tokens[:1] == opens:
+            tokens, target = tokens[1:], target[1:]
+        if closes and tokens[-1:] == closes:
+            tokens, target, last = tokens[:-1], target[:-1], last[:-1]
         tokens += closes
         target += [True] * len(closes)
         room = self._settings.data.max_length - len(opens)
@@ -100,6 +108,8 @@ class Encoder:
 
     def _cut(self, tokens: list[int], passage: Passage, room: int) -> list[int]:
         opens, _ = self._ends(passage)
+        if opens and tokens[:1] == opens:
+            tokens = tokens[1:]
         return [*opens, *tokens[-max(1, room - len(opens)) :]]
 
     def _ids(self, text: str) -> list[int]:
@@ -205,12 +215,13 @@ class LanguageTask(Task):
 
 
 class LanguageSplit(Split):
-    """Passages, tokenized when first asked for."""
+    """Passages, tokenized when first asked for, and stored while there are not too many."""
 
     def __init__(self, examples: Examples, encoder: Encoder, settings: RunSettings) -> None:
         super().__init__(examples)
         self._encoder, self._settings = encoder, settings
         self._kept: dict[int, Encoded] = {}
+        self._room = _STORED_TOKENS
 
     def collate(self, indices: Indices) -> dict[str, Tensor]:
         """Build the batch of some examples: each of shape (rows, tokens), int64.
@@ -224,12 +235,20 @@ class LanguageSplit(Split):
             return packed(encoded, self._settings.data.max_length, pad)
         return padded(encoded, pad)
 
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """See the base class."""
+        return [len(self._encoded(int(row)).tokens) for row in rows]
+
     def _encode(self, rows: Sequence[int]) -> dict[str, Tensor]:
         return self.collate(rows)
 
     def _encoded(self, row: int) -> Encoded:
-        if row not in self._kept:
-            record, reading = self.examples.inputs[row], self.examples.reading
-            passage = as_passage(record, self._settings, reading)
-            self._kept[row] = self._encoder.example(passage)
-        return self._kept[row]
+        known = self._kept.get(row)
+        if known is not None:
+            return known
+        record, reading = self.examples.inputs[row], self.examples.reading
+        encoded = self._encoder.example(as_passage(record, self._settings, reading))
+        if self._room >= len(encoded.tokens):
+            self._room -= len(encoded.tokens)
+            self._kept[row] = encoded
+        return encoded

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 from numpy.typing import NDArray
 
 from rankfit.configs.settings import RunSettings, derive
@@ -103,6 +102,9 @@ def _refuse_few(examples: int, minimum: int, clients: int) -> None:
 
 def _iid(labels: NDArray[np.int64], clients: int, seed: int) -> list[Indices]:
     """Shuffle and cut into equal parts (the partitioner itself cuts without shuffling)."""
+    # Imported late: flwr-datasets imports seaborn, for half a second that a refused run needs not.
+    from flwr_datasets.partitioner import IidPartitioner
+
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner = IidPartitioner(clients)
     partitioner.dataset = Dataset.from_dict({"row": order})
@@ -113,6 +115,8 @@ def _dirichlet(
     labels: NDArray[np.int64], clients: int, alpha: float, minimum: int, seed: int
 ) -> list[Indices]:
     """Split each class over all clients by Dirichlet(alpha) (Hsu et al. 2019, Li et al. 2022)."""
+    from flwr_datasets.partitioner import DirichletPartitioner
+
     table = Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
     for draw in range(_DRAWS):
         partitioner = DirichletPartitioner(

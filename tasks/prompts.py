@@ -1,5 +1,6 @@
 """From a record of language data to text: one prompt, the same in training and evaluation."""
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -313,6 +314,8 @@ def _chat(passage: Passage, tokenizer: Any) -> list[Segment]:
     for index, turn in enumerate(passage.turns):
         if turn["role"] != "assistant":
             continue
+        if not index:
+            continue  # nobody asked: it is what the answers after it follow
         before = _template(passage.turns[:index], passage.tools, tokenizer, True)
         after = _template(passage.turns[: index + 1], passage.tools, tokenizer, False)
         if not before.startswith(done) or not after.startswith(before):
@@ -320,9 +323,29 @@ def _chat(passage: Passage, tokenizer: Any) -> list[Segment]:
                 "the tokenizer's chat template changes earlier turns when later ones come: answers "
                 "cannot be told apart; use data.template alpaca or plain, or another tokenizer"
             )
-        parts += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
+        answer = after[len(before) :]
+        _refuse_unwritten(turn, answer)
+        parts += [Segment(before[len(done) :], False), Segment(answer, _is_learnt(turn))]
         done = after
+    if not parts:
+        raise DataError("has no answer that follows something")
     return parts
+
+
+def _is_learnt(turn: Mapping[str, Any]) -> bool:
+    """Whether an answer is to be target: OpenAI's ``weight`` and axolotl's ``train`` may say no."""
+    return turn.get("weight") != 0 and turn.get("train") is not False
+
+
+def _refuse_unwritten(turn: Mapping[str, Any], answer: str) -> None:
+    """Refuse calls of tools that a chat template leaves out: an empty answer would be learned."""
+    for call in turn.get("tool_calls") or ():
+        name = call.get("function", call).get("name", "") if isinstance(call, Mapping) else ""
+        if str(name) not in answer:
+            raise DataError(
+                f"calls the tool {name!r}, which the tokenizer's chat template does not write: use "
+                "a model whose template knows tools, or leave such conversations out"
+            )
 
 
 def _template(
@@ -359,19 +382,27 @@ def _optional(parts: Mapping[str, Any], part: str) -> str:
 
 
 def _list(value: Any) -> list[Any]:
-    """A list, maybe written as JSON; [] where there is none."""
+    """A list, maybe written as JSON or as Python has it (pandas' CSV); [] where there is none."""
     if isinstance(value, str):
         if not value.strip():
             return []
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"holds {value!r}, expected a list") from error
+        value = _read_list(value)
     if value is None:
         return []
     if not isinstance(value, list | tuple):
         raise DataError(f"holds {value!r}, expected a list")
     return list(value)
+
+
+def _read_list(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise DataError(f"holds {text!r}, expected a list, as JSON in a table of text") from error
 
 
 def _history(pairs: Any) -> list[dict[str, Any]]:
@@ -414,13 +445,31 @@ def _turn(turn: Any) -> dict[str, Any]:
     rest = {name: value for name, value in given.items() if value is not None}
     if spoken == "function_call":
         rest, content = _call(content), None
+    if role == "assistant" and isinstance(rest.get("function_call"), Mapping):  # OpenAI's old form
+        rest["tool_calls"] = [{"type": "function", "function": rest.pop("function_call")}]
+    if isinstance(rest.get("tool_calls"), list):
+        rest["tool_calls"] = [_parsed_call(call) for call in rest["tool_calls"]]
     calls = role == "assistant" and rest.get("tool_calls")
     if role is None or not (isinstance(content, str) or (content is None and calls)):
         raise DataError(
             f"holds the message {turn!r}, expected role (one of system, user, assistant, tool) and "
             "content"
         )
+    if role == "assistant" and not calls and not str(content).strip():
+        raise DataError("has an empty answer, which would be learned")
     return {"role": role, "content": "" if content is None else content, **rest}
+
+
+def _parsed_call(call: Any) -> Any:
+    """A call with its arguments as a mapping: OpenAI's are JSON text, which templates quote."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _call(content: Any) -> dict[str, Any]:

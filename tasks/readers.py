@@ -30,6 +30,7 @@ from rankfit.tasks.tables import (
     open_arrow,
     open_table,
     quiet,
+    refuse_pointer,
     refuse_wrong_rows,
 )
 
@@ -125,16 +126,18 @@ class ImageFiles(Sequence[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: Any) -> Any:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
             with Image.open(self.paths[index]) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
         except (OSError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"image {self.paths[index]}: cannot be read: {error}", row=int(index)
-            ) from error
+            refuse_pointer(self.paths[index])
+            cause = "it holds no picture" if isinstance(error, UnidentifiedImageError) else (
+                getattr(error, "strerror", None) or str(error)
+            )  # fmt: skip
+            raise DataError(f"image {self.paths[index]}: {cause}", row=int(index)) from error
 
 
 def pick(names: Sequence[str], origin: str, columns: Columns, data: Data) -> Picked:
@@ -156,22 +159,30 @@ def pick(names: Sequence[str], origin: str, columns: Columns, data: Data) -> Pic
     names = columns.access.visible(names)
     if columns.group and columns.group not in names:
         raise missing(columns.group, "partition.column")
-    label = columns.label if columns.label in names else ""
+    label = _named(columns.label, names)
     if columns.records:
         try:
             reading = find_reading(names, data)
         except DataError as error:
             raise DataError(f"data {origin}: {error}", fault="data-column") from error
         return Picked(tuple(reading.columns.values()), label, columns.group, reading)
-    present = [name for name in columns.inputs if name in names]
+    present = [name for name in (_named(wanted, names) for wanted in columns.inputs) if name]
     if not present:
         raise missing(" or ".join(columns.inputs), "data.input-column")
     if columns.pairs and len(present) < len(columns.inputs):
-        absent = next(name for name in columns.inputs if name not in names)
+        absent = next(name for name in columns.inputs if not _named(name, names))
         raise missing(absent, "data.input-column")
     if not label:
         raise missing(columns.label, "data.label-column")
     return Picked(tuple(present if columns.pairs else present[:1]), label, columns.group)
+
+
+def _named(wanted: str, names: Sequence[str]) -> str:
+    """The column of a name, whatever its case where that leaves no doubt; "" = there is none."""
+    if wanted in names:
+        return wanted
+    alike = [name for name in names if name.strip().casefold() == wanted.casefold()]
+    return alike[0] if len(alike) == 1 else ""
 
 
 def find_part(folder: Path, pattern: str, columns: Columns, data: Data) -> Raw | None:
@@ -479,7 +490,9 @@ def _pictures_of(
         raise DataError(f"data {file}: {error}") from error
     if held is not None:
         return held, files
-    paths = tuple(file.parent / str(path) for path in table.column(name))
+    # Windows' separators, in a table that was written there.
+    given = (str(path) for path in table.column(name))
+    paths = tuple(file.parent / (p if "/" in p else p.replace("\\", "/")) for p in given)
     return ImageFiles(paths), (*files, *paths)
 
 
@@ -490,7 +503,7 @@ def _images(folder: Path, columns: Columns, data: Data) -> Raw | None:
     """Read pictures by class, or those that a ``metadata`` table of the folder lists."""
     for end in (".csv", ".jsonl", ".parquet"):
         file = folder / f"metadata{end}"
-        if file.is_file() and columns.label in _names_in(file, columns, data):
+        if file.is_file() and _named(columns.label, _names_in(file, columns, data)):
             return read_table([file], str(folder), columns, data)
     found = _image_folder(folder)
     for each in found.files if found else ():

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -104,6 +105,10 @@ def _outside(what: str, folders: Sequence[Path]) -> DataError:
     )
 
 
+#: Characters of what is wrong with a record that a message shows: it may quote a whole one.
+_LONGEST = 400
+
+
 class RecordError(DataError):
     """One record that cannot be used.
 
@@ -116,6 +121,7 @@ class RecordError(DataError):
     """
 
     def __init__(self, origin: str, row: int, wrong: str, fault: Fault) -> None:
+        wrong = wrong if len(wrong) <= _LONGEST else f"{wrong[:_LONGEST]} …"
         super().__init__(
             f"data {origin}: row {row} {wrong} (data.bad-records=skip leaves such rows out)",
             fault=_CODES[fault],
@@ -244,6 +250,8 @@ def report_skipped(origin: str, count: int, what: str) -> None:
 #: A whole number, maybe written as a float; a code such as 007 is text.
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,17}))(?:\.0*)?")
 _SHOWN = 8
+#: Ids up to which a node's labels are numbers of classes and no codes.
+_MOST_IDS = 2**20
 #: Rows whose labels were not given: data sets of the hub mark them so.
 _UNLABELLED = -1
 
@@ -295,9 +303,14 @@ def _number(text: str) -> int | None:
     return None if found is None else int(found.group(1))
 
 
+def _spelled(label: int | str) -> str:
+    """A label without blanks around it, and composed: macOS writes é as e and an accent."""
+    return unicodedata.normalize("NFC", str(label)).strip()
+
+
 def _same(label: int | str) -> str:
     """What two spellings of one label have in common."""
-    text = str(label).strip()
+    text = _spelled(label)
     number = _number(text)
     if number is not None:
         return str(number)
@@ -336,7 +349,8 @@ def name_classes(settings: RunSettings, train: Raw, test: Raw | None) -> tuple[s
     if whole and settings.task.kind != "causal-lm":
         names = _numbered(settings, train.origin, numbers)
     else:
-        names = tuple(sorted(str(label) for label in labels))
+        names = tuple(sorted({_spelled(label) for label in labels}))
+        _warn_alike(train.origin, names)
     _refuse_short(settings, len(names))
     return names
 
@@ -345,9 +359,9 @@ def _numbered(settings: RunSettings, origin: str, numbers: Sequence[int]) -> tup
     """Names of classes that are numbers: ids from 0, or 1 … n, or a refusal."""
     ids = [number for number in numbers if number >= 0]
     top = max(ids, default=-1) + 1
-    if settings.partition.kind == "local":
+    if settings.partition.kind == "local" and top <= _MOST_IDS:
         return tuple(map(str, range(max(top, settings.data.classes))))
-    if list(numbers) == list(range(1, top)):
+    if ids and ids[0] == 1 and len(ids) == top - 1 == len(numbers):
         return tuple(map(str, numbers))
     if not ids or top > max(2 * len(ids), settings.data.classes):
         codes = ",".join(map(str, numbers[:_SHOWN])) + (",…" if len(numbers) > _SHOWN else "")
@@ -360,6 +374,16 @@ def _numbered(settings: RunSettings, origin: str, numbers: Sequence[int]) -> tup
     if absent:
         log.warning("data %s: no record has label %s", origin, _shown(absent))
     return tuple(map(str, range(top)))
+
+
+def _warn_alike(origin: str, names: Sequence[str]) -> None:
+    """Say which names differ in case alone: they are classes of their own."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    for own in alike.values():
+        if len(own) > 1:
+            log.warning("data %s: %s are different classes", origin, _shown(own))
 
 
 def _refuse_short(settings: RunSettings, count: int) -> None:

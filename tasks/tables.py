@@ -20,6 +20,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,9 +31,12 @@ log = logging.getLogger(__name__)
 
 #: Endings that can be read; each may be followed by one of :data:`_COMPRESSED`.
 ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".arrow", ".txt")
-_COMPRESSED: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+_COMPRESSED = (".gz", ".bz2", ".xz")
+_MAGIC: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open,
 }  # fmt: skip
+#: What stands in place of a large file where a repository was cloned without Git LFS.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -45,9 +49,14 @@ _BOMS = (
 _RETURN = "\udc0d"
 #: Columns up to this size are read into memory; larger ones stay memory-mapped.
 _IN_MEMORY_BYTES = 2**30
-#: Bytes beyond ASCII from which on a text that is mostly of them is no Western European one.
-_FOREIGN_BYTES = 200
+#: Bytes beyond ASCII from which on a text that is mostly of them is no Western European one, and
+#: where most of them stand in runs of three or more.
+_FOREIGN_BYTES, _FOREIGN_RUNS = 200, 20
+_RUN = re.compile(rb"[\x80-\xff]{3,}")
+#: The line by which Excel is told the separator.
+_DECLARED = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 _HIGH = bytes(range(128, 256))
+_BEYOND_ASCII, _ESCAPED_BYTE = re.compile("[^\0-\x7f]"), re.compile("[\udc80-\udcff]")
 
 
 class Table(ABC):
@@ -205,6 +214,7 @@ def open_table(file: Path, data: Data, likely: Sequence[str]) -> Table:
         If it cannot be decoded or is no such file.
     """
     form = ending(file)
+    refuse_pointer(file)
     encoding = data.encoding or _find_encoding(file)
     try:
         if form in (".csv", ".tsv"):
@@ -236,6 +246,8 @@ def open_arrow(files: Sequence[Path], columns: Callable[[Sequence[str]], Sequenc
     import pyarrow.parquet
 
     form = ending(files[0])
+    for file in files:
+        refuse_pointer(file)
     with quiet():
         try:
             if form == ".parquet":
@@ -281,8 +293,31 @@ def quiet() -> Iterator[None]:
 # Encodings
 
 
+def refuse_pointer(file: Path) -> None:
+    """Refuse what stands in place of a file that Git LFS was to bring.
+
+    Raises
+    ------
+    DataError
+        If it is that.
+    """
+    try:
+        with file.open("rb") as stream:
+            pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return  # whoever reads it says why
+    if pointer:
+        raise TableError(
+            f"data {file}: is a pointer of Git LFS in place of the file: fetch it with `git lfs "
+            "pull`, or `hf download`"
+        )
+
+
 def _open(file: Path) -> IO[bytes]:
-    unpack = _COMPRESSED.get(file.suffix.lower())
+    """Open a file, unpacked by what it holds: names do not always say that it is compressed."""
+    with file.open("rb") as stream:
+        head = stream.read(max(map(len, _MAGIC)))
+    unpack = next((how for magic, how in _MAGIC.items() if head.startswith(magic)), None)
     unpacked: IO[bytes] = file.open("rb") if unpack is None else unpack(file)
     return unpacked
 
@@ -293,7 +328,8 @@ def _find_encoding(file: Path) -> str:
     Raises
     ------
     DataError
-        If it is none of them and does not look like Western European text.
+        If it is none of them and does not look like Western European text, or UTF-8 with a few
+        bytes that are not.
     """
     with _open(file) as stream:
         head = stream.read(4096)
@@ -305,21 +341,50 @@ def _find_encoding(file: Path) -> str:
         return "utf-16-le" if odd > even else "utf-16-be"
     if _is_utf8(file):
         return "utf-8"
-    high = letters = 0
+    _refuse_broken(file)
+    high = letters = runs = 0
     undefined = False
     with _open(file) as stream:
         while block := stream.read(2**20):
             high += len(block) - len(block.translate(None, _HIGH))
             letters += len(block) - len(block.translate(None, string.ascii_letters.encode()))
+            runs += sum(map(len, _RUN.findall(block)))
             undefined |= any(byte in block for byte in b"\x81\x8d\x8f\x90\x9d")
-    if high > max(_FOREIGN_BYTES, letters):
+    if high > max(_FOREIGN_BYTES, letters) or runs > max(_FOREIGN_RUNS, high // 2):
         raise TableError(
-            f"data {file}: is neither UTF-8 nor UTF-16, and mostly of characters beyond ASCII: set "
-            "data.encoding to the file's (such as cp1251, gb18030 or shift_jis)"
+            f"data {file}: is neither UTF-8 nor UTF-16, and of whole words of characters beyond "
+            "ASCII: set data.encoding to the file's (such as cp1251, gb18030 or shift_jis)"
         )
     found = "latin-1" if undefined else "cp1252"
     log.warning("data %s: is not UTF-8 and is read as %s (data.encoding sets it)", file, found)
     return found
+
+
+def _refuse_broken(file: Path) -> None:
+    """Refuse UTF-8 with some bytes that are not: in no other encoding is the rest what it was.
+
+    Raises
+    ------
+    TableError
+        If there are more characters of UTF-8 beyond ASCII than bytes that are none.
+    """
+    broken = valid = lines = 0
+    first = 0
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    with _open(file) as stream:
+        while block := stream.read(2**20):
+            text = decoder.decode(block)
+            bad = _ESCAPED_BYTE.findall(text)
+            if bad and not broken:
+                first = lines + text[: text.index(bad[0])].count("\n") + 1
+            broken += len(bad)
+            valid += len(_BEYOND_ASCII.findall(text)) - len(bad)
+            lines += text.count("\n")
+    if valid > broken:
+        raise TableError(
+            f"data {file}: is UTF-8, but for {broken} bytes that are not, the first in line "
+            f"{first}: mend the file, or set data.encoding if it is another"
+        )
 
 
 def _is_utf8(file: Path) -> bool:
@@ -379,26 +444,31 @@ class _Text:
     file: Path
     encoding: str
     newline: str
+    #: Separator that the first line says to Excel, which is no row ("" = there is none).
+    declared: str = ""
 
     @classmethod
     def of(cls, file: Path, encoding: str) -> "_Text":
         """Find out how the lines end: a return inside a cell is content, not an end."""
         feeds = pairs = 0
         returns = False
+        said = _DECLARED.fullmatch(next(_lines(file, encoding, ""), ""))
+        declared = said.group(1) if said else ""
         for line in _lines(file, encoding, "\n"):
             feeds += line.endswith("\n")
             pairs += line.endswith("\r\n")
             returns |= "\r" in line
         if not feeds and returns:
-            return cls(file, encoding, "\r")
-        return cls(file, encoding, "\r\n" if 2 * pairs >= max(feeds, 1) else "\n")
+            return cls(file, encoding, "\r", declared)
+        return cls(file, encoding, "\r\n" if 2 * pairs >= max(feeds, 1) else "\n", declared)
 
     def lines(self) -> Iterator[str]:
         """Lines for the csv module, returns inside of them replaced."""
+        first = int(bool(self.declared))
         if self.newline == "\r":
-            yield from _lines(self.file, self.encoding, "")
+            yield from islice(_lines(self.file, self.encoding, ""), first, None)
             return
-        for line in _lines(self.file, self.encoding, "\n"):
+        for line in islice(_lines(self.file, self.encoding, "\n"), first, None):
             if "\r" not in line:
                 yield line
             elif self.newline == "\r\n" and line.endswith("\r\n"):
@@ -419,7 +489,7 @@ class _Text:
                         while len(row) > width and not row[-1]:
                             row.pop()  # separators behind the last cell, as spreadsheets write
                         rows.append([cell.replace(_RETURN, "\r") for cell in row])
-                        ends.append(reader.line_num)
+                        ends.append(reader.line_num + bool(self.declared))
                     if len(rows) == most:
                         break
             except csv.Error as error:
@@ -441,7 +511,7 @@ def _read_separated(
     file: Path, form: str, encoding: str, data: Data, likely: Sequence[str]
 ) -> CellTable:
     text = _Text.of(file, encoding)
-    separator = data.separator or _find_separator(text, form, likely)
+    separator = data.separator or text.declared or _find_separator(text, form, likely)
     parsed = _parse_whole(text, form, separator, data.quotes)
     if not parsed.rows:
         raise TableError(f"data {file}: is empty; expected a header and rows", fault="data-empty")
@@ -472,8 +542,8 @@ def _find_separator(text: _Text, form: str, likely: Sequence[str]) -> str:
         rows = text.parse(separator, _QUOTED, most=1).rows or text.parse(
             separator, _LITERAL, most=1
         ).rows  # fmt: skip
-        header = {name.strip() for name in rows[0]} if rows else set()
-        return len(header & set(likely)), len(header)
+        header = {name.strip().casefold() for name in rows[0]} if rows else set()
+        return len(header & {name.casefold() for name in likely}), len(header)
 
     usual = _SEPARATORS[form]
     found = max(usual, key=lambda separator: (worth(separator), -usual.index(separator)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankfit.configs.settings import RunSettings, split_list, split_names
 from rankfit.tasks.config import number_classes, own_classes, places, read_config
-from rankfit.tasks.data import Dataset, Encode, Examples, known_labels, read_data
+from rankfit.tasks.data import DataError, Dataset, Encode, Examples, known_labels, read_data
 from rankfit.tasks.metrics import DEFAULT, classification_metrics, regression_metrics
 from rankfit.tasks.model_sources import source_fingerprint
 from rankfit.tasks.packing import check_packing
@@ -66,6 +66,10 @@ class Split(ABC):
         batch["labels"] = torch.from_numpy(labels[rows])  # (b,)
         return batch
 
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of some examples; [] where they are no text."""
+        return []
+
     def alike(self, rows: Sequence[int]) -> Sequence[int]:
         """The same examples in an order in which neighbours are of like size."""
         return rows
@@ -99,11 +103,23 @@ class Task(ABC):
 
     @cached_property
     def labels(self) -> int:
-        """Number of the model's outputs; read from the data only where the settings do not say."""
+        """Number of the model's outputs; read from the data only where the settings do not say.
+
+        Raises
+        ------
+        DataError
+            If there is one class alone: transformers would take one output for a regression.
+        """
         known = known_labels(self.settings)
-        if known is not None and not (self._own_classes and self._sees_names):
-            return known
-        return len(self.class_names)
+        if known is None or (self._own_classes and self._sees_names):
+            known = len(self.class_names)
+        if known < 2 and self._classifies:
+            raise DataError(
+                f"data {self.data_path or self.settings.data.source}: there is one class alone, so "
+                "nothing to tell apart; expected two or more (of pictures, a folder for each)",
+                fault="data-classes",
+            )
+        return known
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from rankfit.cli.preflight import check_run
 from rankfit.configs.compose import compose
 from tests.tasks.test_conventions import PAD, SIZES, UNK, save_tokenizer
 
-#: Seconds of CPU that a mistake may cost; on a busy machine they count for more than they are.
+#: Seconds of CPU that a mistake may cost; that no plan fits is known only after tracing steps.
 SECONDS = 10.0
-BUSY = 3.0
+TRACED = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_broken_input_is_one_line_and_exit_status_2(what: str, place: Path, tmp_
     assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not done.stdout and not list(tmp_path.iterdir())
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < SECONDS * BUSY, f"{spent:.1f} s of CPU"
+    assert spent < (TRACED if what == "devices too small" else SECONDS), f"{spent:.1f} s of CPU"
 
 
 def test_what_is_right_passes_and_is_told_of(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from rankfit.configs.settings import RunSettings, from_flat
-from rankfit.tasks import load_task, readers
+from rankfit.tasks import data, load_task, readers
 from rankfit.tasks.classification import PlainProcessor
 from rankfit.tasks.data import DataError, read_data
 from rankfit.tasks.partition import PartitionError, partition_of
@@ -131,7 +131,7 @@ def test_broken_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     whole = (tmp_path / "cat" / "0.png").read_bytes()
     (tmp_path / "cat" / "11.png").write_bytes(whole[: len(whole) // 2])
     task = load_task(settings_for(tmp_path, "image-classification"))
-    with pytest.raises(DataError, match=r"row 2 cannot be read: .*10\.png: cannot be read"):
+    with pytest.raises(DataError, match=r"row 2 cannot be read: .*10\.png: it holds no picture"):
         _ = task.train
     with caplog.at_level(logging.WARNING):
         task = load_task(settings_for(tmp_path, "image-classification", **SKIP))
@@ -280,5 +280,7 @@ def test_what_was_found_is_kept_until_the_files_change(
     other = (tmp_path / "data" / "dog" / "1.png").read_bytes()
     (tmp_path / "data" / "dog" / "0.png").write_bytes(other)
     assert len(load_task(settings).train) and len(opened) == 40
+    monkeypatch.setattr(data, "_own_code", lambda: "of another release")
+    assert len(load_task(settings).train) and len(opened) == 60
     kept = list((tmp_path / "cache" / "rankfit" / "screened").glob("*.json"))
-    assert [json.loads(file.read_text()) for file in kept] == [{"3": "input"}] * 2
+    assert [json.loads(file.read_text()) for file in kept] == [{"3": "input"}] * 3

@@ -233,7 +233,7 @@ def test_class_folders_alone_are_split(tmp_path):
     data = read_data(image_settings(tmp_path))
     assert (len(data.train), len(data.test)) == (6, 2)
     (tmp_path / "cat" / "0.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"0\.png: cannot be read"):
+    with pytest.raises(DataError, match=r"0\.png: it holds no picture"):
         [data.train.inputs[row] for row in range(6)] + [data.test.inputs[row] for row in range(2)]
 
 

@@ -5,12 +5,14 @@ import gzip
 import io
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import pandas
 import polars
 import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -214,6 +216,35 @@ def test_compressed_files(tmp_path: Path) -> None:
     assert read(tmp_path / "train.csv.gz") == pairs(["a", "b"])
     own = settings_for(tmp_path, **{"data.train": "train"})
     assert len(read_data(own, data_path=str(tmp_path)).train) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc says what is in memory")
+def test_parquet_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column beyond the limit stays on disk; of it the rows that are asked for are read."""
+    monkeypatch.setattr("rankfit.tasks.tables._IN_MEMORY_BYTES", 2**20)
+
+    def anonymous() -> int:
+        """Bytes of this process that lie in no file."""
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+    def grown(groups: int) -> int:
+        folder = tmp_path / f"of-{groups}"
+        folder.mkdir()
+        schema = pyarrow.schema([("text", pyarrow.string()), ("label", pyarrow.int64())])
+        with pyarrow.parquet.ParquetWriter(folder / "train.parquet", schema) as writer:
+            for _ in range(groups):
+                texts = [os.urandom(4000).hex() for _ in range(500)]
+                writer.write_table(
+                    pyarrow.table({"text": texts, "label": [0, 1] * 250}, schema=schema)
+                )
+        before = anonymous()
+        data = read_data(settings_for(folder, **{"data.test-fraction": 0.1, "data.train": "train"}))
+        assert sum(len(data.train.inputs[row]) for row in range(len(data.train))) > groups * 3e6
+        return anonymous() - before
+
+    grown(1)  # what the libraries take
+    assert grown(32) < 32 * 4e6 / 3
 
 
 # Property: what was written is what is read.
