@@ -49,9 +49,10 @@ def members() -> list[psutil.Process]:
 
 
 def planned(request: Request, **changes: int) -> Request:
-    return replace(
-        request, plan={**request.plan, **{k.replace("_", "-"): v for k, v in changes.items()}}
-    )
+    asked = request.instruction
+    assert asked is not None
+    plan = {**asked.plan, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    return replace(request, instruction=replace(asked, plan=plan))
 
 
 def test_two_processes_train_what_one_does_fall_back_and_end_together(device: Node) -> None:
