@@ -160,7 +160,7 @@ class Update:
 
 
 class Merge(ABC):
-    """Folds updates into a global adapter.
+    """Adds up updates to a global adapter.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ class Merge(ABC):
         self._head = {name: torch.zeros_like(t) for name, t in reference.head.items()}
 
     def add(self, update: Update) -> None:
-        """Fold one update in.
+        """Add one update.
 
         Raises
         ------

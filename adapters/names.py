@@ -76,7 +76,7 @@ def parse(name: str) -> tuple[str, str]:
 
 
 def moves_with(name: str, trainable: Trainable) -> bool:
-    """Say whether a tensor is trained and returned when ``moves`` move."""
+    """Say whether a tensor is trained and returned when ``trainable`` is trained."""
     return parse(name)[1] in _MOVING[trainable]
 
 

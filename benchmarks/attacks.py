@@ -339,7 +339,7 @@ def training_attacks() -> Iterator[tuple[str, str, Attack]]:
             f"noise of {spread:g}",
             with_all(lambda n, s=spread, d=noise: (n + d.normal(0, s, n.shape)).astype(n.dtype)),
         )
-    for name in ("adapter", "metrics", "update"):
+    for name in (protocol.ADAPTER, protocol.METRICS, protocol.ORIGIN):
         for kind, record in (
             ("missing", None),
             ("empty arrays", ArrayRecord({})),
@@ -350,8 +350,12 @@ def training_attacks() -> Iterator[tuple[str, str, Attack]]:
             yield "records", f"{name}: {kind}", with_record(name, record)
     for number in (0, 2, -1, 10**30):
         origin = ConfigRecord({"round": number, "run": "another"})
-        yield "replays", f"of round {number}, another run", with_record("update", origin)
-    yield "replays", "of another run", with_record("update", ConfigRecord({"round": 1, "run": ""}))
+        yield "replays", f"of round {number}, another run", with_record(protocol.ORIGIN, origin)
+    yield (
+        "replays",
+        "of another run",
+        with_record(protocol.ORIGIN, ConfigRecord({"round": 1, "run": ""})),
+    )
     yield "replays", "silence", lambda reply: None
 
 

@@ -40,6 +40,6 @@ def train(message: Message, context: Context) -> Message:
     content = {
         "adapter": ArrayRecord(changed),
         "metrics": MetricRecord(metrics),
-        "update": ConfigRecord({"round": plan["round"], "run": plan["run"]}),
+        "origin": ConfigRecord({"round": plan["round"], "run": plan["run"]}),
     }
     return Message(RecordDict(content), reply_to=message)

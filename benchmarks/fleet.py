@@ -110,7 +110,7 @@ class MadeUp(InProcessGrid):
             {
                 "adapter": ArrayRecord({name: Array(np.asarray(a)) for name, a in wire.items()}),
                 "metrics": MetricRecord(metrics),
-                "update": messages.origin(message),
+                protocol.ORIGIN: messages.origin(message),
             }
         )
 

@@ -127,7 +127,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class WorkerStart:
-    """An order, and what messenger and worker share.
+    """A WorkerSpec, and what proxy and worker share.
 
     Attributes
     ----------

@@ -35,7 +35,7 @@ ADAPTER: Final = "adapter"
 PLAN: Final = "plan"
 DELTA: Final = "delta"
 METRICS: Final = "metrics"
-ORIGIN: Final = "update"
+ORIGIN: Final = "origin"
 DEVICE: Final = "device"
 CLIENT: Final = "client"
 LINK: Final = "link"
@@ -70,7 +70,7 @@ class Instruction:
     precision : str
         Of the frozen base: fp32, bf16, fp16, int8 or nf4.
     plan : Mapping[str, Value]
-        The plan's own keys; empty for an evaluation.
+        The plan's own keys; for an evaluation only ``precision``.
     """
 
     round: int
@@ -96,6 +96,7 @@ class Instruction:
     @classmethod
     def from_dict(cls, record: Mapping[str, object]) -> Self:
         """Inverse of :meth:`to_dict`; raises ``KeyError`` for a missing key."""
+        own = ("round", "run", "client", "scale", "fingerprint")
         return cls(
             round=cast(int, record["round"]),
             run=str(record["run"]),
@@ -103,7 +104,7 @@ class Instruction:
             scale=cast(float, record["scale"]),
             fingerprint=str(record["fingerprint"]),
             precision=str(record["precision"]),
-            plan=cast(Mapping[str, Value], record),
+            plan={k: cast(Value, v) for k, v in record.items() if k not in own},
         )
 
     @property

@@ -41,7 +41,7 @@ class Outcome:
     kind, reason : str
         Why not: the kind of fault, and a line of text ("" when merged).
     metrics : Mapping[str, int | float]
-        What it measured, as it said (empty when nothing came).
+        What it measured, as it said, ``num-examples`` as it counted (empty when nothing came).
     upload_bytes, download_bytes : int
         Bytes of adapter from and to it.
     parameters : int
@@ -186,7 +186,7 @@ class TrainingRound:
             failure = read_failure(reply)
             if failure.out_of_memory:
                 self._planner.ran_out(client, plan)
-            self._outcomes[client] = _dropped(assignment, failure.kind, failure.reason)
+            self._outcomes[client] = _outcome(assignment, failure.kind, failure.reason)
             return
         upload, metrics = upload_bytes(reply), dict[str, int | float]()
         try:
@@ -195,7 +195,7 @@ class TrainingRound:
             reported = self._reports(client).samples
             update = self._screening.weigh(client, update, reported)
         except Refused as refused:
-            dropped = _dropped(assignment, refused.kind, str(refused), metrics, upload)
+            dropped = _outcome(assignment, refused.kind, str(refused), metrics, upload)
             self._outcomes[client] = dropped
             return
         metrics[Metric.NUM_EXAMPLES] = max(1, int(update.weight))
@@ -224,7 +224,7 @@ class TrainingRound:
                 self._add(judged)
                 outcome = self._learn(own, judged)
             except Refused as refused:
-                outcome = _dropped(
+                outcome = _outcome(
                     own.assignment, refused.kind, str(refused), own.metrics, own.upload_bytes
                 )
             self._outcomes[own.assignment.client] = outcome
@@ -269,7 +269,7 @@ class TrainingRound:
         if metrics.get(Metric.PRUNED, 0) > 0:
             self._planner.pruned(client, int(metrics[Metric.RANK_CAP]))
         known = ScoreBook.without(self._measured(assignment, metrics))
-        return replace(_dropped(assignment, "", "", known, own.upload_bytes), merged=True)
+        return replace(_outcome(assignment, "", "", known, own.upload_bytes), merged=True)
 
     def _measured(self, assignment: Assignment, metrics: Metrics) -> Metrics:
         """Learn from the measured peak of an update; return its metrics with what was expected."""
@@ -291,7 +291,7 @@ class TrainingRound:
         """
         found = []
         for assignment in self.assignments:
-            missing = _dropped(assignment, "no answer", "no answer before the deadline")
+            missing = _outcome(assignment, "no answer", "no answer before the deadline")
             outcome = self._outcomes.get(assignment.client, missing)
             if fault and outcome.merged:
                 outcome = replace(outcome, merged=False, kind="merge failed", reason=fault)
@@ -304,10 +304,10 @@ class TrainingRound:
         return found
 
 
-def _dropped(
+def _outcome(
     assignment: Assignment, kind: str, reason: str, metrics: Metrics | None = None, upload: int = 0
 ) -> Outcome:
-    """The outcome of a client whose update is not part of the merge."""
+    """The outcome of a client; not merged, unless that is said of it afterwards."""
     trained = assignment.given.moving(assignment.plan.trainable).values()
     return Outcome(
         client=assignment.client,

@@ -322,6 +322,6 @@ class SideBySide:
         record = messages.arrays_record(arrays)
         origin = messages.origin(member.message)
         content = RecordDict(
-            {"adapter": record, "metrics": MetricRecord(metrics), "update": origin}
+            {"adapter": record, "metrics": MetricRecord(metrics), protocol.ORIGIN: origin}
         )
         return Message(content, reply_to=member.message)
