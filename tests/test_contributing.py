@@ -29,7 +29,7 @@ def example(heading: str) -> dict[str, Any]:
 def test_a_setting() -> None:
     stop = example("Add a setting")["Stop"]
     own = Setting.of("stop", "patience", stop.model_fields["patience"])
-    assert (own.key, own.told()) == ("stop.patience", "whole number ≥ 0, in rounds")
+    assert (own.key, own.form()) == ("stop.patience", "whole number ≥ 0, in rounds")
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         stop(patience=-1)
 

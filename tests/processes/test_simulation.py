@@ -77,7 +77,12 @@ def test_a_run_that_fails_in_the_server_exits_non_zero_and_says_why(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     failed = rankfit(  # every loss is NaN from the second step on
-        environment, "run", *SMALL, f"run.directory={tmp_path}", "train.learning-rate=1e30"
+        environment,
+        "run",
+        *SMALL,
+        f"run.directory={tmp_path}",
+        "run.rounds=1",
+        "train.learning-rate=1e30",
     )
     assert failed.returncode == 1
     assert "not one update was merged" in failed.stdout

@@ -36,7 +36,7 @@ def test_a_node_that_forgot_gets_everything_again(tmp_path: Path) -> None:
 
     def forget(message: Message, reply: Message) -> Message:
         if message.metadata.group_id == "1":
-            del grid.state_of(2)["held"]
+            del grid.state_of(2)["received"]
         return reply
 
     grid = FaultyGrid(settings, {2: forget})
