@@ -1,15 +1,20 @@
 """Running the app through Flower's own command, on a SuperLink of one's own or a given one."""
 
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import urllib.error
@@ -247,59 +252,92 @@ def _stream(
         start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            match = re.search(r"Successfully started run (\d+)", line)
-            run_id = match.group(1) if match else run_id  # known before anybody can react to it
-            sys.stdout.write(line)
-            sys.stdout.flush()
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        raise Interrupted(_interrupted(run_id, env, superlink, come_back)) from None
-    finally:
-        if process.poll() is None:
+    with _ctrl_c() as pressed_again:
+        try:
+            for line in process.stdout:
+                match = re.search(r"Successfully started run (\d+)", line)
+                run_id = match.group(1) if match else run_id  # known before anybody can react to it
+                sys.stdout.write(line)
+                sys.stdout.flush()
+            code = process.wait()
+        except KeyboardInterrupt:
             process.terminate()
-            process.wait()
+            said = _interrupted(run_id, env, superlink, come_back, pressed_again)
+            raise Interrupted(said) from None
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
     if run_id is None:
         raise FlowerError(f"`flwr run` could not submit the run (exit code {code}); see above")
     return run_id
 
 
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Raise ``KeyboardInterrupt`` at the first Ctrl-C only; a later one sets the event.
+
+    An exception may come between any two lines, also while the user is being asked what the first
+    one meant, and would then end the command with a traceback and the run's fate unknown.
+    """
+    again = threading.Event()
+    presses = itertools.count()
+
+    def press(*_: object) -> None:
+        if next(presses) == 0:
+            raise KeyboardInterrupt
+        again.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield again  # Python gives signals to the main thread alone
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield again
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _interrupted(
-    run_id: str | None, env: Mapping[str, str], superlink: str | None, come_back: str
+    run_id: str | None,
+    env: Mapping[str, str],
+    superlink: str | None,
+    come_back: str,
+    pressed_again: threading.Event,
 ) -> str:
     """Do what the user wants of a run after Ctrl-C, and say what that was."""
     if superlink is None:
         return f"stopped; go on with `{come_back}`"
     if run_id is None:
         return f"the run may have been submitted: see `flwr list {superlink}`"
-    if not _wants_to_stop(run_id):
+    if not _wants_to_stop(run_id, pressed_again):
         return (
             f"run {run_id} goes on at {superlink}: `flwr log {run_id} {superlink} --stream` shows "
             f"it, `flwr stop {run_id} {superlink}` stops it"
         )
     command = [flower_command("flwr"), "stop", run_id, superlink]
-    done = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=dict(env), capture_output=True, text=True, check=False,
+        start_new_session=True,  # one more Ctrl-C does not cut the stopping short
+    )  # fmt: skip
     if done.returncode:
         return f"run {run_id} could not be stopped: {(done.stdout + done.stderr).strip()}"
     return f"run {run_id} is stopped; go on with `{come_back}`"
 
 
-def _wants_to_stop(run_id: str) -> bool:
+def _wants_to_stop(run_id: str, pressed_again: threading.Event) -> bool:
     """Ask; a second Ctrl-C means yes, as does one within some seconds where nobody can answer."""
     question = f"Run {run_id} is under way. Stop it? [y/N; Ctrl-C again stops it] "
     sys.stderr.write(f"\n{question}")
     sys.stderr.flush()
-    try:
-        if sys.stdin is not None and sys.stdin.isatty():
-            return sys.stdin.readline().strip().lower() in ("y", "yes")
-        time.sleep(_SECOND_SECONDS)
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.stderr.write("\n")
-    return False
+    can_answer = sys.stdin is not None and sys.stdin.isatty()
+    deadline = time.monotonic() + (math.inf if can_answer else _SECOND_SECONDS)
+    answer = ""
+    while not pressed_again.wait(0.1) and time.monotonic() < deadline and not answer:
+        if can_answer and select.select([sys.stdin], [], [], 0)[0]:
+            answer = sys.stdin.readline() or "no"
+    sys.stderr.write("\n")
+    return pressed_again.is_set() or answer.strip().lower() in ("y", "yes")
 
 
 def _status(run_id: str, env: Mapping[str, str], superlink: str | None) -> str:
