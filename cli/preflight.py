@@ -44,8 +44,8 @@ def check_run(settings: RunSettings) -> list[str]:
     with _noted() as notes:
         _check_places(settings)
         _check_size(settings)
-        task = _check_data(settings)  # before the method, whose modules import PEFT
         method = _check_method(settings)
+        task = _check_data(settings)
         _check_model(settings, method, task)
     return notes
 
@@ -108,9 +108,7 @@ def _check_model(settings: RunSettings, method: "Method", task: "Task") -> None:
         target_modules,
         whole_modules,
     )
-    from rankfit.tasks.lora import head_tensors, target_shapes
-    from rankfit.tasks.peft_adapter import read_start
-    from rankfit.tasks.targets import shared_heads
+    from rankfit.tasks.targets import head_tensors, shared_heads, target_shapes
 
     model, kind = settings.model, settings.task.kind
     for each in (model, *(model.at(p) for p in split_list(settings.plan.precisions))):
@@ -123,6 +121,8 @@ def _check_model(settings: RunSettings, method: "Method", task: "Task") -> None:
     shapes = target_shapes(empty, target_modules(empty, settings.lora.targets), rank)
     whole_modules(empty, settings.head)
     if settings.lora.start:
+        from rankfit.tasks.peft_adapter import read_start
+
         heads = head_tensors(empty, shared_heads(empty, settings.head))
         read_start(settings, initial(shapes, rank, settings.lora.scale, heads, 0))
     if settings.task.packing and empty.num_parameters() <= _SMALL:

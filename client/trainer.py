@@ -30,16 +30,17 @@ from rankfit.client.workspace import ClientStore, Workspace
 from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import RunSettings, derive, learning_rate
 from rankfit.estimator.plan import Plan
-from rankfit.tasks.base_model import DTYPES, eject, inject
+from rankfit.tasks.base_model import DTYPES
 from rankfit.tasks.data import DataError
 from rankfit.tasks.lora import (
     REMAINDER,
     checkpointing,
     chunks,
     count_targets,
+    eject,
     fisher_scores,
     free_cache,
-    head_tensors,
+    inject,
     load_adapter,
     place,
     read_state,
@@ -47,6 +48,7 @@ from rankfit.tasks.lora import (
     train_only,
 )
 from rankfit.tasks.optimizers import build_optimizer
+from rankfit.tasks.targets import head_tensors
 
 #: (model, batch with labels) → mean loss over the batch.
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]

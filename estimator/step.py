@@ -14,7 +14,7 @@ from rankfit.estimator.meta_libraries import adapt, make_optimizer, quantize
 from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.tasks import base_model as models
 from rankfit.tasks.kronecker import OUTER, wrap
-from rankfit.tasks.lora import set_training, train_only
+from rankfit.tasks.lora import inject, set_training, train_only
 
 Phase = Literal["load", "forward", "backward", "optimizer"]
 
@@ -118,7 +118,7 @@ def build(
     wrap(base, [name.removesuffix(OUTER) for name in spec.heads if name.endswith(OUTER)])
     if spec.quantization != "none":
         quantize(base, spec)
-    model = models.inject(
+    model = inject(
         base,
         ranks,
         scale=1.0,

@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 from rankfit.adapters.adapter import Adapter
 from rankfit.configs.settings import RunSettings, derive
-from rankfit.tasks.base_model import eject, inject
-from rankfit.tasks.lora import fisher_scores, load_adapter, training_device
+from rankfit.tasks.lora import eject, fisher_scores, inject, load_adapter, training_device
 from rankfit.tasks.task import Split, Task
 
 

@@ -13,11 +13,11 @@ from rankfit.configs.compose import without_places
 from rankfit.configs.settings import ConfigError, to_flat
 from rankfit.server import reporting as summary
 from rankfit.server.run_directory import SavedRun, write_adapter
-from rankfit.tasks.base_model import head_modules, inject, load_base, shared_heads
+from rankfit.tasks.base_model import head_modules, load_base, shared_heads
 from rankfit.tasks.kronecker import expanded, unwrap
-from rankfit.tasks.lora import head_tensors, load_adapter
+from rankfit.tasks.lora import inject, load_adapter
 from rankfit.tasks.model_sources import resolve_source
-from rankfit.tasks.targets import NEW_MODULES
+from rankfit.tasks.targets import NEW_MODULES, head_tensors
 from rankfit.tasks.tokenizer import load_tokenizer
 
 _AUTO = {

@@ -36,10 +36,10 @@ from rankfit.tasks.base_model import (
     shared_heads,
     target_modules,
 )
-from rankfit.tasks.lora import head_tensors, target_shapes
 from rankfit.tasks.model_sources import resolve_source
 from rankfit.tasks.partition import partition_of
 from rankfit.tasks.peft_adapter import start_from
+from rankfit.tasks.targets import head_tensors, target_shapes
 from rankfit.tasks.task import Task
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,8 +17,11 @@ from rankfit.adapters.names import Trainable
 from rankfit.configs.settings import ConfigError, RunSettings, derive
 from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
-from rankfit.estimator.plan_search import MIB, Estimator, Step
-from rankfit.estimator.round_time import Throughput, link_bytes
+
+# The estimator imports PEFT, which takes seconds: whoever only looks a method up needs neither.
+if TYPE_CHECKING:
+    from rankfit.estimator.plan_search import Estimator
+    from rankfit.estimator.round_time import Throughput
 
 #: Shares of the ranks asked for that are tried, from all of them down.
 _SHARES = [1 - 0.05 * i for i in range(20)]
@@ -41,11 +45,11 @@ class Budget:
         What its rounds were measured to take (None = not measured, or no deadline).
     """
 
-    estimator: Estimator
+    estimator: "Estimator"
     report: DeviceReport
     plan: Plan
     folded: bool
-    throughput: Throughput | None = None
+    throughput: "Throughput | None" = None
 
     def fit(self, ranks: Mapping[str, int]) -> Plan | None:
         """The plan at these ranks, or at the largest share of them that fits; None = nothing does.
@@ -90,7 +94,7 @@ class Budget:
     @cached_property
     def memory_bytes(self) -> int:
         """Bytes of memory, without the margin that is kept free."""
-        return self.report.budget_bytes - int(self.estimator.settings.plan.margin_mib * MIB)
+        return self.report.budget_bytes - int(self.estimator.settings.plan.margin_mib * 2**20)
 
     def _try(self, ranks: Mapping[str, int]) -> Plan | None:
         if not ranks:
@@ -129,6 +133,8 @@ class Budget:
             return self.estimator.lower(self.report, self.plan, ranks)
         # The memory model knows no module with a frozen adapter alone: rank 1 stands in for 0.
         stand_in = {m: max(1, ranks.get(m, 0)) for m in self.estimator.spec.targets}
+        from rankfit.estimator.plan_search import Step
+
         step = Step.of(planned)
         footprint = self.estimator.footprint(self.report, step, stand_in, remainder=True)
         peak = footprint.expected(stand_in, frozen, self.memory_bytes)
@@ -138,6 +144,8 @@ class Budget:
 
 def _travels(nbytes: int, seconds: float, mbps: float) -> bool:
     """Whether bytes pass a link in time; 0 s or 0 Mbps = no bound."""
+    from rankfit.estimator.round_time import link_bytes
+
     return not seconds or not mbps or nbytes <= link_bytes(seconds, mbps)
 
 

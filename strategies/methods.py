@@ -265,7 +265,7 @@ EXCLUSIVE = Method(
 
 FFA_LORA = Method(
     name="ffa-lora",
-    summary="B trainable, A stays at a shared random start; one rank, exact.",
+    summary="B moves, A stays at a shared random start; one rank, exact.",
     source="FFA-LoRA (arXiv:2403.12313)",
     allocate=OneRank(),
     schedule=only_b,

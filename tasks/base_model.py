@@ -26,7 +26,6 @@ from rankfit.configs.settings import Model
 from rankfit.tasks import font_vit
 from rankfit.tasks.config import hub_arguments, own_classes, read_config, unreachable
 from rankfit.tasks.kronecker import wrap
-from rankfit.tasks.lora import REMAINDER, TRAINED, eject, inject
 from rankfit.tasks.model_sources import ModelError, Source, resolve_source
 from rankfit.tasks.targets import (
     NEW_MODULES,
@@ -96,14 +95,10 @@ def quantization(model: Model, source: str, kept: Sequence[str] | None = None) -
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "REMAINDER",
-    "TRAINED",
     "ModelError",
     "build_empty",
-    "eject",
     "fingerprint",
     "head_modules",
-    "inject",
     "load_base",
     "load_config",
     "lower_base",

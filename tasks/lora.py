@@ -25,10 +25,9 @@ from transformers import PreTrainedModel
 
 from rankfit.adapters import names
 from rankfit.adapters.adapter import Adapter
-from rankfit.configs.settings import ConfigError
 from rankfit.tasks.model_sources import ModelError
 from rankfit.tasks.packing import IGNORED
-from rankfit.tasks.targets import is_linear, weight_shape
+from rankfit.tasks.targets import is_linear
 from rankfit.tasks.task import Split
 
 #: The adapter that is trained, and the frozen second one.
@@ -215,37 +214,6 @@ def _inputs_to(
         )
 
     return hook
-
-
-def target_shapes(
-    model: PreTrainedModel, targets: Iterable[str], rank: int
-) -> dict[str, tuple[int, int]]:
-    """Shape (d, k) of each weight to adapt.
-
-    Raises
-    ------
-    ConfigError
-        If ``rank`` is above the smaller side of one: a product cannot have that rank.
-    """
-    shapes = {}
-    for name in targets:
-        d, k = weight_shape(model.get_submodule(name))
-        if rank > min(d, k):
-            raise ConfigError(
-                f"lora.rank {rank} is above the rank that {name} ({d} × {k}) can have; set it to "
-                f"at most {min(d, k)}, or leave the module out of lora.targets"
-            )
-        shapes[name] = (d, k)
-    return shapes
-
-
-def head_tensors(model: PreTrainedModel, heads: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the head's tensors in float32, by their name in the base model."""
-    return {
-        f"{head}.{name}": tensor.detach().float().clone()
-        for head in heads
-        for name, tensor in model.get_submodule(head).state_dict().items()
-    }
 
 
 def load_adapter(model: PeftModel, adapter: Adapter, name: str = TRAINED) -> None:

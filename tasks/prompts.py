@@ -325,15 +325,15 @@ def _chat(passage: Passage, tokenizer: Any) -> list[Segment]:
             )
         answer = after[len(before) :]
         _refuse_unwritten(turn, answer)
-        parts += [Segment(before[len(done) :], False), Segment(answer, _is_learnt(turn))]
+        parts += [Segment(before[len(done) :], False), Segment(answer, _is_target(turn))]
         done = after
     if not parts:
         raise DataError("has no answer that follows something")
     return parts
 
 
-def _is_learnt(turn: Mapping[str, Any]) -> bool:
-    """Whether an answer is to be target: OpenAI's ``weight`` and axolotl's ``train`` may say no."""
+def _is_target(turn: Mapping[str, Any]) -> bool:
+    """Whether an answer is a target: OpenAI's ``weight`` or axolotl's ``train`` may say no."""
     return turn.get("weight") != 0 and turn.get("train") is not False
 
 

@@ -1,14 +1,14 @@
 """Which modules of a base model take an adapter, and which are its head."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankfit.configs.settings import Head, split_list
+from rankfit.configs.settings import ConfigError, Head, split_list
 from rankfit.tasks.kronecker import INNER, OUTER, wrapped
 from rankfit.tasks.model_sources import ModelError
 
@@ -188,3 +188,34 @@ def _no_target(model: PreTrainedModel, target: str, linear: Sequence[str]) -> Mo
         f"{', '.join(last) or 'none'}"
         + (f" (full names like {', '.join(linear[:2])})" if linear else "")
     )
+
+
+def target_shapes(
+    model: PreTrainedModel, targets: Iterable[str], rank: int
+) -> dict[str, tuple[int, int]]:
+    """Shape (d, k) of each weight to adapt.
+
+    Raises
+    ------
+    ConfigError
+        If ``rank`` is above the smaller side of one: a product cannot have that rank.
+    """
+    shapes = {}
+    for name in targets:
+        d, k = weight_shape(model.get_submodule(name))
+        if rank > min(d, k):
+            raise ConfigError(
+                f"lora.rank {rank} is above the rank that {name} ({d} × {k}) can have; set it to "
+                f"at most {min(d, k)}, or leave the module out of lora.targets"
+            )
+        shapes[name] = (d, k)
+    return shapes
+
+
+def head_tensors(model: PreTrainedModel, heads: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the head's tensors in float32, by their name in the base model."""
+    return {
+        f"{head}.{name}": tensor.detach().float().clone()
+        for head in heads
+        for name, tensor in model.get_submodule(head).state_dict().items()
+    }

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rankfit.cli.main import app
-from rankfit.cli.memory import read_run
+from rankfit.cli.memory_commands import read_run
 from rankfit.configs.settings import ConfigError
 from tests.server.federation import run, settings_for
 

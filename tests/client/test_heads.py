@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from rankfit.client.workspace import ClientStore
 from rankfit.configs.compose import compose
 from rankfit.server.run_directory import WEIGHTS
-from rankfit.tasks.base_model import ModelError, inject, load_base, shared_heads, whole_modules
+from rankfit.tasks.base_model import ModelError, load_base, shared_heads, whole_modules
+from rankfit.tasks.lora import inject
 from tests.server.federation import run, settings_for
 from tests.server.test_loop import lines
 

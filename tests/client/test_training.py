@@ -17,8 +17,8 @@ from rankfit.configs.settings import from_flat
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, inputs_of
 from rankfit.tasks.base_model import target_modules
-from rankfit.tasks.lora import target_shapes
 from rankfit.tasks.records import DataError
+from rankfit.tasks.targets import target_shapes
 from tests.estimator.small import device
 
 RECORDS = [

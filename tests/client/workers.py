@@ -20,7 +20,7 @@ from rankfit.configs.protocol import Instruction
 from rankfit.configs.settings import RunSettings
 from rankfit.estimator.plan import Plan
 from rankfit.tasks.base_model import fingerprint, head_modules, load_base, target_modules
-from rankfit.tasks.lora import head_tensors, target_shapes
+from rankfit.tasks.targets import head_tensors, target_shapes
 
 #: Digits and the small ViT; one client has half of the data.
 SETTINGS = ("quickstart", "partition.kind=iid", "lora.rank=12")

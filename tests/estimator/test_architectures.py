@@ -9,6 +9,7 @@ from rankfit.estimator.recording import record
 from rankfit.estimator.round_time import Payload
 from rankfit.estimator.tracer import TraceCache
 from rankfit.tasks import base_model as models
+from rankfit.tasks.lora import inject
 from rankfit.tasks.targets import weight_shape
 
 from .architectures import ARCHITECTURES, FURTHER, architecture_spec
@@ -94,7 +95,7 @@ def test_what_travels_for_gpt2_is_what_peft_makes():
     targets = models.target_modules(base, "default")
     assert [name.rpartition(".")[2] for name in targets] == ["c_attn", "c_attn"]
     payload = Payload.of(base, targets, (), "float32")
-    adapted = models.inject(base, dict.fromkeys(targets, 3), scale=1.0, dropout=0.0, heads=())
+    adapted = inject(base, dict.fromkeys(targets, 3), scale=1.0, dropout=0.0, heads=())
     values = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert payload.bytes_per_rank() * 3 == values * 4
 

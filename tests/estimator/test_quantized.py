@@ -24,7 +24,7 @@ from rankfit.estimator.trace import solve
 from rankfit.estimator.tracer import TraceCache
 from rankfit.tasks import base_model as models
 from rankfit.tasks.base_model import quantization
-from rankfit.tasks.lora import train_only
+from rankfit.tasks.lora import inject, train_only
 
 from .architectures import architecture_spec, deep_spec
 from .small import device, recorded_peak, uneven
@@ -51,7 +51,7 @@ def quantised(spec: StepSpec, folder: Path) -> nn.Module:
         attn_implementation=spec.attention, **quantization(model, "folder"),
     )  # fmt: skip
     base.requires_grad_(False)
-    adapted = models.inject(base, uneven(spec.targets), scale=1.0, dropout=0.0, heads=())
+    adapted = inject(base, uneven(spec.targets), scale=1.0, dropout=0.0, heads=())
     trainable: Trainable = spec.trainable
     if trainable != "both":
         train_only(adapted, trainable)

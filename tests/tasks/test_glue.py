@@ -14,9 +14,9 @@ from benchmarks.tiny_lm import save_tokenizer
 from rankfit.configs.compose import compose
 from rankfit.configs.settings import RunSettings
 from rankfit.tasks import load_task
-from rankfit.tasks.base_model import inject, load_base, target_modules
+from rankfit.tasks.base_model import load_base, target_modules
 from rankfit.tasks.data import DataError
-from rankfit.tasks.lora import fisher_scores
+from rankfit.tasks.lora import fisher_scores, inject
 from rankfit.tasks.metrics import classification_metrics, regression_metrics
 from rankfit.tasks.partition import partition_of
 

@@ -7,10 +7,11 @@ from transformers import PreTrainedModel
 
 from rankfit.adapters.adapter import Adapter, Factors
 from rankfit.configs.compose import compose
-from rankfit.tasks.base_model import inject, load_base, shared_heads, target_modules
+from rankfit.tasks.base_model import load_base, shared_heads, target_modules
 from rankfit.tasks.kronecker import Kronecker, expanded, halves, unwrap, wrapped
-from rankfit.tasks.lora import head_tensors, load_adapter, target_shapes
+from rankfit.tasks.lora import inject, load_adapter
 from rankfit.tasks.model_sources import ModelError
+from rankfit.tasks.targets import head_tensors, target_shapes
 
 SCALE, RANK = 2.0, 3
 

@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.tiny_lm import save_model, save_tokenizer
 from rankfit.configs.settings import ConfigError, RunSettings, from_flat
 from rankfit.tasks import load_task
-from rankfit.tasks.base_model import ModelError, inject, load_base, target_modules
+from rankfit.tasks.base_model import ModelError, load_base, target_modules
 from rankfit.tasks.data import DataError
 from rankfit.tasks.generation import log_likelihoods, write
-from rankfit.tasks.lora import count_targets, fisher_scores
+from rankfit.tasks.lora import count_targets, fisher_scores, inject
 from rankfit.tasks.packing import IGNORED
 from rankfit.tasks.prompts import as_passage, segments
 

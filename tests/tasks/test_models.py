@@ -13,6 +13,7 @@ from rankfit.tasks import base_model as models
 from rankfit.tasks import font_vit
 from rankfit.tasks import model_sources as sources
 from rankfit.tasks.base_model import ModelError
+from rankfit.tasks.lora import eject, inject
 
 SMALL = {
     "hidden_size": 32,
@@ -83,7 +84,7 @@ def test_train_and_eject_leaves_the_base_as_it_was(model_type, precision, config
     inputs = {**batch(kind), "labels": torch.tensor([0, 2])}
 
     for _client in range(2):
-        model = models.inject(
+        model = inject(
             base,
             ranks,
             scale=0.1,
@@ -101,7 +102,7 @@ def test_train_and_eject_leaves_the_base_as_it_was(model_type, precision, config
             model(**inputs).loss.backward()
             optimizer.step()
         assert all(not torch.equal(p, start[n]) for n, p in trained.items())
-        assert models.eject(model) is base
+        assert eject(model) is base
         assert same(before, state_bytes(base))
         assert models.fingerprint(base, heads=()) == mark
         assert {name: base.get_submodule(name) for name in heads} == head_before
@@ -115,7 +116,7 @@ def test_every_module_has_the_exact_scale_and_its_own_rank(scale, config_file):
     base = models.load_base(run_settings(config_file("bert"), "text"), labels=3)
     names = models.target_modules(base, "all-linear")
     ranks = {name: 1 + i % 11 for i, name in enumerate(names)}  # layer.1 and layer.11 differ
-    model = models.inject(base, ranks, scale=scale, dropout=0.0, heads=())
+    model = inject(base, ranks, scale=scale, dropout=0.0, heads=())
     found = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
     assert {n: m.r["default"] for n, m in found.items()} == ranks
     assert all(m.scaling == {"default": scale} for m in found.values())
@@ -125,7 +126,7 @@ def test_every_module_has_the_exact_scale_and_its_own_rank(scale, config_file):
 def test_a_module_whose_name_ends_like_another_is_left_alone(config_file):
     base = models.load_base(run_settings(config_file("bert"), "text"), labels=3)
     chosen = "bert.encoder.layer.1.attention.self.query"
-    models.inject(base, {chosen: 4}, scale=1.0, dropout=0.0, heads=())
+    inject(base, {chosen: 4}, scale=1.0, dropout=0.0, heads=())
     assert [n for n, m in base.named_modules() if isinstance(m, LoraLayer)] == [chosen]
 
 
@@ -133,7 +134,7 @@ def test_the_tail_takes_part_in_the_forward_pass(config_file):
     base = models.load_base(run_settings(config_file("vit")), labels=3)
     names = models.target_modules(base, "default")
     plain = base(**batch("image")).logits
-    model = models.inject(
+    model = inject(
         base,
         dict.fromkeys(names[:2], 2),
         scale=0.5,
@@ -150,7 +151,7 @@ def test_the_tail_takes_part_in_the_forward_pass(config_file):
             product = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
             expected[name] = expected[name] + 0.5 * product.detach()
     moved = model.eval()(**batch("image")).logits
-    models.eject(model)
+    eject(model)
     for name, weight in expected.items():
         base.get_submodule(name).weight.data = weight
     assert not torch.allclose(moved, plain, atol=1e-4)
@@ -176,7 +177,7 @@ def test_the_empty_model_has_the_shapes_of_the_real_one(model_type, config_file)
             {"q_proj", "v_proj"},
             {"query", "value"},
         )
-        peft_model = models.inject(
+        peft_model = inject(
             model,
             ranks_for(names),
             scale=1.0,
@@ -213,7 +214,7 @@ def test_targets_by_name_and_all_linear(config_file):
 def test_impossible_ranks_are_refused(ranks, message, config_file):
     base = models.load_base(run_settings(config_file("bert"), "text"), labels=3)
     with pytest.raises(ModelError, match=message):
-        models.inject(base, ranks, scale=1.0, dropout=0.0, heads=())
+        inject(base, ranks, scale=1.0, dropout=0.0, heads=())
 
 
 def test_weights_come_from_the_seed_and_the_random_state_is_left_alone(config_file):

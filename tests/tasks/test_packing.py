@@ -7,8 +7,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rankfit.tasks.base_model import inject
-from rankfit.tasks.lora import set_training
+from rankfit.tasks.lora import inject, set_training
 from rankfit.tasks.model_sources import ModelError
 from rankfit.tasks.packing import check_packing
 

@@ -19,13 +19,13 @@ from rankfit.estimator.plan import Plan
 from rankfit.tasks.base_model import (
     ModelError,
     fingerprint,
-    inject,
     load_base,
     quantization,
     target_modules,
     whole_modules,
 )
-from rankfit.tasks.lora import target_shapes
+from rankfit.tasks.lora import inject
+from rankfit.tasks.targets import target_shapes
 
 RECORDS = [{"instruction": f"Say {i}.", "output": f"it is {i}"} for i in range(8)]
 

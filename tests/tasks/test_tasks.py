@@ -22,11 +22,11 @@ from rankfit.tasks import load_task
 from rankfit.tasks.base_model import (
     ModelError,
     head_modules,
-    inject,
     load_base,
     load_config,
     target_modules,
 )
+from rankfit.tasks.lora import inject
 from rankfit.tasks.task import TensorSpec, classification_metrics
 
 WORDS = ["[PAD]", "[UNK]", "</s>", *["a", "b", "c", "d", "e", "f", "g", "h"]]
