@@ -78,4 +78,4 @@ def _row(place: "WorkerDir") -> tuple[str, ...]:
         start = place.read()
     except (OSError, ValueError):
         return pid, "", "", state, ""
-    return pid, str(start.order.run_id), str(start.order.node_id), state, str(start.log)
+    return pid, str(start.spec.run_id), str(start.spec.node_id), state, str(start.log)

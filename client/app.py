@@ -1,4 +1,4 @@
-"""The Flower ClientApp: a thin messenger between Flower and what trains.
+"""The Flower ClientApp: a thin worker_proxy between Flower and what trains.
 
 Flower's deployment starts a process for every message, and importing torch would cost each of them
 seconds: there, a worker does the work and this process imports no torch. A simulation's processes
@@ -95,23 +95,23 @@ def capabilities(message: Message, context: Context) -> Message:
     """Answer with the device report; a worker may begin to load what training will need."""
     _allowed(context)
     _tell_ignored(context)
-    order = _order(context)
+    spec = _worker_spec(context)
     partition, shared = _place(context)
     partitions = 0 if partition is None else shared
-    if order is None:
+    if spec is None:
         report = _report(context, _own(), _placement())
     else:
-        from rankfit.client import worker_proxy as messenger
+        from rankfit.client import worker_proxy
 
-        messenger.make_room(order)
-        report = _report(context, messenger.own_memory(order))
-        if order.settings.client.prefetch:
+        worker_proxy.make_room(spec)
+        report = _report(context, worker_proxy.own_memory(spec))
+        if spec.settings.client.prefetch:
             request = Request("prefetch", partition=partition, partitions=shared)
-            messenger.prefetch(order, request, report.uuid)
+            worker_proxy.prefetch(spec, request, report.uuid)
     content = RecordDict(
         {
             protocol.DEVICE: ConfigRecord({**report.to_dict()}),
-            protocol.CLIENT: ConfigRecord(ClientState(order is not None, partitions).to_dict()),
+            protocol.CLIENT: ConfigRecord(ClientState(spec is not None, partitions).to_dict()),
         }
     )
     if protocol.LINK in message.content:  # the server times a payload
@@ -124,11 +124,11 @@ def capabilities(message: Message, context: Context) -> Message:
 @_coded
 def finish(message: Message, context: Context) -> Message:
     """The run is over for this client: its worker ends, if it has one."""
-    order = _order(context)
-    if order is not None:
-        from rankfit.client import worker_proxy as messenger
+    spec = _worker_spec(context)
+    if spec is not None:
+        from rankfit.client import worker_proxy
 
-        messenger.finish(order)
+        worker_proxy.finish(spec)
     return Message(RecordDict(), reply_to=message)
 
 
@@ -161,12 +161,12 @@ def evaluate(message: Message, context: Context) -> Message:
 def _perform(kind: Kind, message: Message, context: Context) -> Answer:
     """Do what a message asks, if the node allows it: in the worker, or here."""
     _allowed(context)
-    order = _order(context)
-    if order is not None:
-        from rankfit.client import worker_proxy as messenger
+    spec = _worker_spec(context)
+    if spec is not None:
+        from rankfit.client import worker_proxy
 
-        report = _report(context, messenger.own_memory(order))
-        return messenger.ask(order, _request(kind, message, context, report), report.uuid)
+        report = _report(context, worker_proxy.own_memory(spec))
+        return worker_proxy.ask(spec, _request(kind, message, context, report), report.uuid)
     report = _report(context, _own(), _placement())
     _see_only(report)
     from rankfit.client.request_handler import perform
@@ -236,7 +236,7 @@ def _tell_ignored(context: Context) -> None:
         context.state[_NOT_USED_SAID] = ConfigRecord({"settings": ignored})
 
 
-def _order(context: Context) -> "WorkerSpec | None":
+def _worker_spec(context: Context) -> "WorkerSpec | None":
     """What this device's worker in this run is for; None where there is to be none."""
     settings = _settings(context)
     if not _warm(settings, context):

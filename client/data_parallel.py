@@ -185,23 +185,23 @@ class DataParallelWorkers:
     ----------
     place : WorkerDir
         The worker's folder.
-    order : WorkerSpec
-        What the worker is for; ``order.group`` says how many processes there are to be.
+    spec : WorkerSpec
+        What the worker is for; ``spec.group`` says how many processes there are to be.
     on_end : callable
         Called from another thread with a reason when one of them ends.
     """
 
-    def __init__(self, place: WorkerDir, order: WorkerSpec, on_end: Callable[[str], None]) -> None:
-        self._limit = order.limit_bytes
+    def __init__(self, place: WorkerDir, spec: WorkerSpec, on_end: Callable[[str], None]) -> None:
+        self._limit = spec.limit_bytes
         self._sockets: list[socket.socket] = []
-        os.environ.update(_environment(order.group, 0))
+        os.environ.update(_environment(spec.group, 0))
         root = Path(rankfit.__file__).resolve().parents[1]
-        for rank in range(1, order.group.size):
+        for rank in range(1, spec.group.size):
             mine, theirs = socket.socketpair()
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, str(root), str(place.folder)],
                 stdin=theirs.fileno(),
-                env=os.environ | _environment(order.group, rank),
+                env=os.environ | _environment(spec.group, rank),
             )
             theirs.close()
             self._sockets.append(mine)
@@ -226,31 +226,31 @@ class DataParallelWorkers:
             time.sleep(_END_SECONDS)
 
 
-def grouped(order: WorkerSpec, place: WorkerDir) -> "Workspace":
+def grouped(spec: WorkerSpec, place: WorkerDir) -> "Workspace":
     """Return the workspace of this process, its group joined."""
     from rankfit.client.data_parallel import Group
     from rankfit.client.workspace import workspace
 
-    space = workspace(order.settings, order.data_path, order.policy)
-    if order.group.size > 1:
-        space.group = Group.joined(place.folder / "store", cpu=order.group.cpu)
+    space = workspace(spec.settings, spec.data_path, spec.policy)
+    if spec.group.size > 1:
+        space.group = Group.joined(place.folder / "store", cpu=spec.group.cpu)
     return space
 
 
 def main() -> None:
     """Entry point of the others; the one argument is the worker's folder."""
     place = WorkerDir(Path(sys.argv[1]))
-    order = place.read().order
+    spec = place.read().spec
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
     listener = socket.socket(fileno=os.dup(0))
-    threading.Thread(target=_listen, args=(listener, order.limit_bytes, requests)).start()
+    threading.Thread(target=_listen, args=(listener, spec.limit_bytes, requests)).start()
     from rankfit.client.request_handler import perform
 
-    space = grouped(order, place)
+    space = grouped(spec, place)
     space.open_device()
     while True:
         request = requests.get()
@@ -259,7 +259,7 @@ def main() -> None:
         except Exception:  # the worker has the same error, or was told of this one
             log.exception("%s: failed", request.kind)
         gc.collect()
-        if not order.settings.client.keep_base_on_device:
+        if not spec.settings.client.keep_base_on_device:
             space.park()
         space.free()
 

@@ -187,7 +187,7 @@ class Worker:
 
     def _receive(self, connection: socket.socket) -> Request:
         """Read a request; the token is checked before any array is taken."""
-        limit = self._start.order.limit_bytes
+        limit = self._start.spec.limit_bytes
         header, length = receive_header(connection, limit)
         token = header.get("token")
         if not isinstance(token, str) or not hmac.compare_digest(
@@ -217,12 +217,12 @@ class Worker:
         # Here, not above: torch, transformers, peft and accelerate take seconds to import.
         from rankfit.client.request_handler import perform
 
-        order = self._start.order
-        if self._workers is None and order.group.size > 1:
-            self._workers = DataParallelWorkers(self._place, order, self._life.end)
+        spec = self._start.spec
+        if self._workers is None and spec.group.size > 1:
+            self._workers = DataParallelWorkers(self._place, spec, self._life.end)
         if self._workspace is None:
             before = _free_gpu_bytes()
-            self._workspace = grouped(order, self._place)
+            self._workspace = grouped(spec, self._place)
             self._workspace.open_device()
             self._context_bytes = max(before - _free_gpu_bytes(), 0)
         if self._workers is not None:
@@ -238,7 +238,7 @@ class Worker:
                 connection,
                 header,
                 answer.arrays if answer else None,
-                limit=self._start.order.limit_bytes,
+                limit=self._start.spec.limit_bytes,
             )
         except FrameError as error:
             log.error("%s", error)
@@ -251,7 +251,7 @@ class Worker:
         gc.collect()
         if self._workspace is None:
             return
-        if not self._start.order.settings.client.keep_base_on_device:
+        if not self._start.spec.settings.client.keep_base_on_device:
             self._workspace.park()
         self._place.write_held(self._context_bytes + self._workspace.free())
 
@@ -263,7 +263,7 @@ def _free_gpu_bytes() -> int:
 
 
 def _told(error: Exception) -> dict[str, object]:
-    """An error as the messenger is told of it: neither leaves the machine with its text."""
+    """An error as the worker_proxy is told of it: neither leaves the machine with its text."""
     return {"error": type(error).__name__, **asdict(fault_of(error))}
 
 
@@ -294,11 +294,11 @@ def main() -> None:
         level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    order = start.order
-    life = Life(place, order.supernode, order.settings.client.idle_seconds)
+    spec = start.spec
+    life = Life(place, spec.supernode, spec.settings.client.idle_seconds)
     worker = Worker(place, start, life)
     listener = listen(place)
-    log.info("worker of run %d on node %d listens", order.run_id, order.node_id)
+    log.info("worker of run %d on node %d listens", spec.run_id, spec.node_id)
     life.start()
     if start.prefetch is not None:
         worker.prefetch(start.prefetch)

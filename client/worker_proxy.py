@@ -51,12 +51,12 @@ class WorkerError(Faulty, RuntimeError):
     code = "worker-start"
 
 
-def ask(order: WorkerSpec, request: Request, uuid: str = "") -> Answer:
+def ask(spec: WorkerSpec, request: Request, uuid: str = "") -> Answer:
     """Let the worker of a run on this device do something; start it if there is none.
 
     Parameters
     ----------
-    order : WorkerSpec
+    spec : WorkerSpec
         What the worker is for.
     request : Request
         What to do.
@@ -71,9 +71,9 @@ def ask(order: WorkerSpec, request: Request, uuid: str = "") -> Answer:
         If the message, or its answer, is larger than ``client.message-mib``.
     """
     for _ in range(_TRIES):
-        place = start(order, uuid)
+        place = start(spec, uuid)
         try:
-            return _hand_over(place, order, request)
+            return _hand_over(place, spec, request)
         except _NotBegun as error:
             log.warning("the worker ended before the message was begun (%s); again", error)
     raise WorkerError(
@@ -81,63 +81,63 @@ def ask(order: WorkerSpec, request: Request, uuid: str = "") -> Answer:
     )
 
 
-def prefetch(order: WorkerSpec, request: Request, uuid: str = "") -> None:
+def prefetch(spec: WorkerSpec, request: Request, uuid: str = "") -> None:
     """Start the worker, unless it is there, to load base and data; does not wait for it."""
-    make_room(order)
+    make_room(spec)
     with locked():
-        if not any(place.alive() for place in worker_dirs(f"{order.key}-")):
-            _start(order, uuid, replace(request, kind="prefetch"))
+        if not any(place.alive() for place in worker_dirs(f"{spec.key}-")):
+            _start(spec, uuid, replace(request, kind="prefetch"))
 
 
-def make_room(order: WorkerSpec) -> None:
+def make_room(spec: WorkerSpec) -> None:
     """End the workers of other runs on this device, where ``client.second-run`` is ``wait``."""
-    if order.settings.client.second_run != "wait":
+    if spec.settings.client.second_run != "wait":
         return
-    for place in worker_dirs(f"{order.node_key}-"):
-        if not place.folder.name.startswith(f"{order.key}-"):
+    for place in worker_dirs(f"{spec.node_key}-"):
+        if not place.folder.name.startswith(f"{spec.key}-"):
             log.info("waiting for the worker of another run on this device; %s", _log_of(place))
-            _finish(place, order)
+            _finish(place, spec)
 
 
-def own_memory(order: WorkerSpec) -> OwnMemory | None:
+def own_memory(spec: WorkerSpec) -> OwnMemory | None:
     """What the worker of a run on this device holds of its GPU; None without a worker."""
-    for place in worker_dirs(f"{order.key}-"):
+    for place in worker_dirs(f"{spec.key}-"):
         process = place.process()
         if process is not None and process.alive():
             return OwnMemory(process.pid, place.reserved_bytes())
     return None
 
 
-def finish(order: WorkerSpec) -> None:
+def finish(spec: WorkerSpec) -> None:
     """End the worker of a run on this device after what it is doing; none is no error."""
-    for place in worker_dirs(f"{order.key}-"):
-        _finish(place, order)
+    for place in worker_dirs(f"{spec.key}-"):
+        _finish(place, spec)
 
 
 class _NotBegun(Exception):
     """The worker ended before it accepted the message: nothing is lost."""
 
 
-def start(order: WorkerSpec, uuid: str = "") -> WorkerDir:
+def start(spec: WorkerSpec, uuid: str = "") -> WorkerDir:
     """Find the worker of a run on this device, or start it; it may not listen yet."""
-    make_room(order)  # outside the lock: it may take as long as a training
+    make_room(spec)  # outside the lock: it may take as long as a training
     with locked():
-        for place in worker_dirs(f"{order.key}-"):
+        for place in worker_dirs(f"{spec.key}-"):
             if place.alive():
                 return place
             log.warning("the worker of this run is dead; starting another (%s)", _log_of(place))
             place.remove()
-        return _start(order, uuid, None)
+        return _start(spec, uuid, None)
 
 
-def _start(order: WorkerSpec, uuid: str, prefetch: Request | None) -> WorkerDir:
+def _start(spec: WorkerSpec, uuid: str, prefetch: Request | None) -> WorkerDir:
     """Start a worker in a session of its own; the caller holds the lock."""
     sweep()
-    start = new_start(order, prefetch)
+    start = new_start(spec, prefetch)
     place = new_worker_dir(start)
     root = Path(rankfit.__file__).resolve().parents[1]
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(order.settings.train.threads))
+    environment.setdefault("OMP_NUM_THREADS", str(spec.settings.train.threads))
     if uuid:
         environment["CUDA_VISIBLE_DEVICES"] = uuid
     with start.log.open("ab") as out:
@@ -154,7 +154,7 @@ def _start(order: WorkerSpec, uuid: str, prefetch: Request | None) -> WorkerDir:
     return place
 
 
-def _hand_over(place: WorkerDir, order: WorkerSpec, request: Request) -> Answer:
+def _hand_over(place: WorkerDir, spec: WorkerSpec, request: Request) -> Answer:
     """Send a request and wait for its answer, however long it takes."""
     with _connected(place) as connection:
         try:
@@ -163,19 +163,19 @@ def _hand_over(place: WorkerDir, order: WorkerSpec, request: Request) -> Answer:
                 connection,
                 {**request.header(), "token": token},
                 request.arrays,
-                limit=order.limit_bytes,
+                limit=spec.limit_bytes,
             )
         except FileNotFoundError as error:
             raise _NotBegun(str(error)) from error
         except OSError as error:
             log.debug("the worker takes no more of the message: %s", error)  # it says why
         try:
-            header, _ = receive_frame(connection, order.limit_bytes)
+            header, _ = receive_frame(connection, spec.limit_bytes)
         except (Closed, OSError) as error:
             raise _NotBegun(str(error)) from error
         _raise_error(header, place)
         try:
-            header, arrays = receive_frame(connection, order.limit_bytes)
+            header, arrays = receive_frame(connection, spec.limit_bytes)
         except (Closed, OSError) as error:
             if request.kind == "finish":
                 return Answer()
@@ -204,10 +204,10 @@ def _connected(place: WorkerDir) -> Iterator[socket.socket]:
         yield connection
 
 
-def _finish(place: WorkerDir, order: WorkerSpec) -> None:
+def _finish(place: WorkerDir, spec: WorkerSpec) -> None:
     process = place.process()  # before the answer, with which its folder goes
     with suppress(_NotBegun, WorkerError):
-        _hand_over(place, order, Request("finish"))
+        _hand_over(place, spec, Request("finish"))
     deadline = time.monotonic() + 10.0
     while process is not None and process.alive() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -131,7 +131,7 @@ class WorkerStart:
 
     Attributes
     ----------
-    order : WorkerSpec
+    spec : WorkerSpec
         What the worker is for.
     token : str
         Secret that every message must bring.
@@ -141,7 +141,7 @@ class WorkerStart:
         What to load before the first message.
     """
 
-    order: WorkerSpec
+    spec: WorkerSpec
     token: str
     log: Path
     prefetch: Request | None
@@ -160,15 +160,15 @@ class WorkerDir:
 
     def write(self, start: WorkerStart) -> None:
         """Write down what the worker is started with, readable by the user alone."""
-        order = start.order
+        spec = start.spec
         record = {
-            "run-id": order.run_id,
-            "node-id": order.node_id,
-            "supernode": asdict(order.supernode),
-            "settings": to_flat(order.settings),
-            "data-path": order.data_path,
-            "group": asdict(order.group),
-            "policy": order.policy.model_dump(),
+            "run-id": spec.run_id,
+            "node-id": spec.node_id,
+            "supernode": asdict(spec.supernode),
+            "settings": to_flat(spec.settings),
+            "data-path": spec.data_path,
+            "group": asdict(spec.group),
+            "policy": spec.policy.model_dump(),
             "token": start.token,
             "log": str(start.log),
             "prefetch": start.prefetch.header() if start.prefetch else None,
@@ -178,7 +178,7 @@ class WorkerDir:
     def read(self) -> WorkerStart:
         """Inverse of :meth:`write`."""
         record = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
-        order = WorkerSpec(
+        spec = WorkerSpec(
             record["run-id"],
             record["node-id"],
             ProcessHandle(**record["supernode"]),
@@ -188,7 +188,7 @@ class WorkerDir:
             Policy.model_validate(record["policy"]),
         )
         prefetch = Request.from_header(record["prefetch"], {}) if record["prefetch"] else None
-        return WorkerStart(order, record["token"], Path(record["log"]), prefetch)
+        return WorkerStart(spec, record["token"], Path(record["log"]), prefetch)
 
     def write_process(self, process: ProcessHandle) -> None:
         """Write down which process the worker is."""
@@ -236,7 +236,7 @@ def new_worker_dir(start: WorkerStart) -> WorkerDir:
     WorkerDirError
         If the socket's path would be longer than a system allows.
     """
-    hidden = Path(tempfile.mkdtemp(prefix=f"{_HIDDEN}{start.order.key}-", dir=base_folder()))
+    hidden = Path(tempfile.mkdtemp(prefix=f"{_HIDDEN}{start.spec.key}-", dir=base_folder()))
     place = WorkerDir(hidden.with_name(hidden.name.removeprefix(_HIDDEN)))
     if len(os.fsencode(place.socket)) > _LONGEST_ADDRESS:
         hidden.rmdir()
@@ -249,7 +249,7 @@ def new_worker_dir(start: WorkerStart) -> WorkerDir:
     return place
 
 
-def new_start(order: WorkerSpec, prefetch: Request | None) -> WorkerStart:
+def new_start(spec: WorkerSpec, prefetch: Request | None) -> WorkerStart:
     """A start with a new token and a new log, under Flower's home; old logs are deleted."""
     home = os.environ.get("FLWR_HOME") or "~/.flwr"
     folder = Path(home).expanduser().resolve() / "rankfit"
@@ -258,9 +258,9 @@ def new_start(order: WorkerSpec, prefetch: Request | None) -> WorkerStart:
     for old in logs[: max(len(logs) - _LOGS_KEPT + 1, 0)]:
         old.unlink(missing_ok=True)
     unique = secrets.token_hex(3)
-    log = folder / f"worker-run-{order.run_id}-node-{order.node_id}-{unique}.log"
+    log = folder / f"worker-run-{spec.run_id}-node-{spec.node_id}-{unique}.log"
     _write(log, "")
-    return WorkerStart(order, secrets.token_hex(32), log, prefetch)
+    return WorkerStart(spec, secrets.token_hex(32), log, prefetch)
 
 
 def worker_dirs(prefix: str = "") -> list[WorkerDir]:

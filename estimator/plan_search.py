@@ -18,7 +18,7 @@ from rankfit.estimator.round_time import Payload, Throughput, Work, even_rank, w
 from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical, inputs_of
 from rankfit.estimator.trace import Breakdown, Ranks
 from rankfit.estimator.tracer import TraceCache
-from rankfit.tasks import base_model as models
+from rankfit.tasks import base_model
 from rankfit.tasks.kronecker import wrap
 
 
@@ -299,7 +299,7 @@ class Estimator:
         phases: Sequence[Trainable] = ("both",),
         whole_head: bool = False,
         traces: TraceCache | None = None,
-        kind: models.Kind | None = None,
+        kind: base_model.Kind | None = None,
     ) -> Self:
         """Build the estimator of a run; no weights are read.
 
@@ -321,17 +321,17 @@ class Estimator:
             If the model cannot be built or the targets match nothing.
         """
         kind = kind or settings.task.kind
-        base = models.build_empty(
+        base = base_model.build_empty(
             config,
             kind,
             attention=settings.model.attention,
             precision=settings.model.precision,
         )
-        targets = models.target_modules(base, settings.lora.targets)
+        targets = base_model.target_modules(base, settings.lora.targets)
         if settings.lora.form == "kronecker":
             wrap(base, targets)
-            targets = models.target_modules(base, settings.lora.targets)
-        heads = models.whole_modules(base, settings.head)
+            targets = base_model.target_modules(base, settings.lora.targets)
+        heads = base_model.whole_modules(base, settings.head)
         adam = settings.train.optimizer in TORCH_ADAMW
         spec = StepSpec(
             config=canonical(config.to_dict()),
@@ -355,7 +355,7 @@ class Estimator:
         return cls(
             spec,
             Payload.of(
-                base, targets, models.shared_heads(base, settings.head), settings.wire.dtype
+                base, targets, base_model.shared_heads(base, settings.head), settings.wire.dtype
             ),
             settings,
             phases=phases,

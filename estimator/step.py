@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from rankfit.estimator.meta_libraries import adapt, make_optimizer, quantize
 from rankfit.estimator.step_spec import InputSpec, StepSpec
-from rankfit.tasks import base_model as models
+from rankfit.tasks import base_model
 from rankfit.tasks.kronecker import OUTER, wrap
 from rankfit.tasks.lora import inject, set_training, train_only
 
@@ -63,7 +63,7 @@ def run_steps(
 
 def _autocast(spec: StepSpec, device: str) -> torch.autocast:
     """As the trainer does; on meta tensors that of the CPU is the switch."""
-    lower = None if spec.autocast == "none" else models.DTYPES[spec.autocast]
+    lower = None if spec.autocast == "none" else base_model.DTYPES[spec.autocast]
     device = "cpu" if device == "meta" else device
     return torch.autocast(device, dtype=lower, enabled=lower is not None)
 
@@ -92,7 +92,7 @@ def _type_of(spec: StepSpec, item: InputSpec) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, item.dtype)
     if not dtype.is_floating_point or item.name == "labels":
         return dtype
-    return models.DTYPES[spec.precision]
+    return base_model.DTYPES[spec.precision]
 
 
 def build(
@@ -108,13 +108,15 @@ def build(
     try:
         config = AutoConfig.for_model(**json.loads(spec.config))
     except ValueError as error:
-        raise models.ModelError(
+        raise base_model.ModelError(
             f"the model cannot be built without code of its own: {error}. The estimator knows the "
             "architectures of transformers alone, with model.trust-remote-code or without it"
         ) from error
     if spec.checkpointing:
         config.use_cache = False  # as the model does itself, with a warning
-    base = models.build_empty(config, spec.kind, attention=spec.attention, precision=spec.precision)
+    base = base_model.build_empty(
+        config, spec.kind, attention=spec.attention, precision=spec.precision
+    )
     wrap(base, [name.removesuffix(OUTER) for name in spec.heads if name.endswith(OUTER)])
     if spec.quantization != "none":
         quantize(base, spec)

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
-from rankfit.tasks import prompts as commonsense
 from rankfit.tasks.lora import chunks, count_targets
 from rankfit.tasks.metrics import scores
 from rankfit.tasks.packing import IGNORED
-from rankfit.tasks.prompts import Passage
+from rankfit.tasks.prompts import PREFIX, Passage, choices_of, extract
 from rankfit.tasks.records import DataError
 from rankfit.tasks.task import Split
 
@@ -128,8 +127,7 @@ def _written(
     texts = write(model, tokenizer, prompts, device, size=size, new_tokens=new_tokens)
     if task.settings.task.suite == "commonsense":
         texts = [
-            commonsense.extract(text, passage.expected)
-            for text, passage in zip(texts, passages, strict=True)
+            extract(text, passage.expected) for text, passage in zip(texts, passages, strict=True)
         ]
     return [t == p.expected.strip() for t, p in zip(texts, passages, strict=True)]
 
@@ -144,7 +142,7 @@ def _likeliest(
     for passage in passages:
         choices = passage.choices
         if suite and not choices:
-            choices = commonsense.choices_of(passage.instruction)
+            choices = choices_of(passage.instruction)
         if passage.expected not in choices:
             raise DataError(
                 f"the choices {choices!r} of {passage.instruction[:60]!r} do not hold its answer "
@@ -152,7 +150,7 @@ def _likeliest(
                 "answer format of task.suite=commonsense"
             )
         options.append(choices)
-        prefix = commonsense.PREFIX if suite else ""
+        prefix = PREFIX if suite else ""
         answers = [task.encoder.answer(prefix + choice) for choice in choices]
         room = task.settings.data.max_length - max(len(answer) for answer in answers)
         prompt = task.encoder.prompt(passage, max(2, room))

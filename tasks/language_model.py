@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfit.configs.settings import RunSettings, split_names
-from rankfit.tasks import prompts as commonsense
+from rankfit.tasks import prompts
 from rankfit.tasks.config import longest_text, read_config
 from rankfit.tasks.data import Encode, Examples
 from rankfit.tasks.packing import Encoded, packed, padded
@@ -204,7 +204,7 @@ class LanguageTask(Task):
     @property
     def tells_groups(self) -> bool:
         """Whether figures may be named by the groups: those that the run itself knows always."""
-        known = {*split_names(self.settings.data.class_names), *commonsense.NAMES}
+        known = {*split_names(self.settings.data.class_names), *prompts.NAMES}
         return self.access.label_names or known.issuperset(self.class_names)
 
     def _split(self, examples: Examples) -> Split:

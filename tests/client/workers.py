@@ -36,7 +36,7 @@ class Node:
 
     process: "subprocess.Popen[bytes]"
 
-    def order(self, *overrides: str, run_id: int = 1) -> WorkerSpec:
+    def spec(self, *overrides: str, run_id: int = 1) -> WorkerSpec:
         return WorkerSpec(run_id, 7, ProcessHandle.of(self.process.pid), settings(*overrides), None)
 
 

@@ -8,7 +8,7 @@ import transformers as hf
 from transformers import PreTrainedConfig
 
 from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical
-from rankfit.tasks import base_model as models
+from rankfit.tasks import base_model
 
 IMAGE, TEXT = "image-classification", "text-classification"
 CAUSAL, SEQ2SEQ = "causal-lm", "seq2seq-lm"
@@ -206,13 +206,13 @@ def architecture_spec(name: str, *, head: bool = True, **changes: Any) -> StepSp
     if kind in (IMAGE, TEXT):
         for key, value in CLASSES.items():
             setattr(config, key, value)
-    base = models.build_empty(config, kind, attention="eager", precision="fp32")
+    base = base_model.build_empty(config, kind, attention="eager", precision="fp32")
     fields: dict[str, Any] = {
         "config": canonical(config.to_dict()),
         "kind": kind,
         "accelerator": "cpu",
-        "targets": models.target_modules(base, "default"),
-        "heads": models.head_modules(base) if head else (),
+        "targets": base_model.target_modules(base, "default"),
+        "heads": base_model.head_modules(base) if head else (),
         "inputs": architecture_inputs(kind),
         "micro_batch": 3,
         "attention": "eager" if name in EAGER_ONLY else "sdpa",
@@ -233,10 +233,10 @@ def deep_spec(name: str, layers: int, **changes: Any) -> StepSpec:
     if kind in (IMAGE, TEXT):
         for key, value in CLASSES.items():
             setattr(config, key, value)
-    base = models.build_empty(config, kind, attention="eager", precision="fp32")
+    base = base_model.build_empty(config, kind, attention="eager", precision="fp32")
     spec = architecture_spec(name, **changes)
     return replace(
         spec,
         config=canonical(config.to_dict()),
-        targets=models.target_modules(base, "default"),
+        targets=base_model.target_modules(base, "default"),
     )

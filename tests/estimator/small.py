@@ -11,7 +11,7 @@ from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.recording import WORKSPACE, LiveMemory, record
 from rankfit.estimator.step import filled_batch, run_steps
 from rankfit.estimator.step_spec import InputSpec, StepSpec, canonical
-from rankfit.tasks import base_model as models
+from rankfit.tasks import base_model
 
 MIB = 2**20
 IMAGE, TEXT = "image-classification", "text-classification"
@@ -74,13 +74,13 @@ def step_spec(architecture: str, *, head: bool = True, **changes: Any) -> StepSp
         "bert": (bert_config(), TEXT, texts(16)),
         "deit-small": (deit_small_config(), IMAGE, images(224)),
     }[architecture]
-    base = models.build_empty(config, kind, attention="sdpa", precision="fp32")
+    base = base_model.build_empty(config, kind, attention="sdpa", precision="fp32")
     fields: dict[str, Any] = {
         "config": canonical(config.to_dict()),
         "kind": kind,
         "accelerator": "cpu",
-        "targets": models.target_modules(base, "default"),
-        "heads": models.head_modules(base) if head else (),
+        "targets": base_model.target_modules(base, "default"),
+        "heads": base_model.head_modules(base) if head else (),
         "inputs": inputs,
         "micro_batch": 4,
     }

@@ -8,7 +8,7 @@ from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.recording import record
 from rankfit.estimator.round_time import Payload
 from rankfit.estimator.tracer import TraceCache
-from rankfit.tasks import base_model as models
+from rankfit.tasks import base_model
 from rankfit.tasks.lora import inject
 from rankfit.tasks.targets import weight_shape
 
@@ -85,14 +85,14 @@ def test_a_language_model_has_no_head_of_its_own():
 
 def test_conv1d_is_a_transposed_linear():
     assert weight_shape(Conv1D(6, 4)) == weight_shape(nn.Linear(4, 6)) == (6, 4)
-    with pytest.raises(models.ModelError, match="LayerNorm is not a Linear module"):
+    with pytest.raises(base_model.ModelError, match="LayerNorm is not a Linear module"):
         weight_shape(nn.LayerNorm(4))
 
 
 def test_what_travels_for_gpt2_is_what_peft_makes():
     kind, make = ARCHITECTURES["gpt2"]
-    base = models.build_empty(make(), kind, attention="sdpa", precision="fp32")
-    targets = models.target_modules(base, "default")
+    base = base_model.build_empty(make(), kind, attention="sdpa", precision="fp32")
+    targets = base_model.target_modules(base, "default")
     assert [name.rpartition(".")[2] for name in targets] == ["c_attn", "c_attn"]
     payload = Payload.of(base, targets, (), "float32")
     adapted = inject(base, dict.fromkeys(targets, 3), scale=1.0, dropout=0.0, heads=())
@@ -103,5 +103,5 @@ def test_what_travels_for_gpt2_is_what_peft_makes():
 def test_all_linear_leaves_the_output_layer_out():
     for name in ("llama", "qwen2", "gpt2", "t5"):
         kind, make = ARCHITECTURES[name]
-        base = models.build_empty(make(), kind, attention="sdpa", precision="fp32")
-        assert not any("lm_head" in each for each in models.target_modules(base, "all-linear"))
+        base = base_model.build_empty(make(), kind, attention="sdpa", precision="fp32")
+        assert not any("lm_head" in each for each in base_model.target_modules(base, "all-linear"))

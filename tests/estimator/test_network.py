@@ -1,15 +1,15 @@
 import pytest
 
 from rankfit.estimator.round_time import Payload, rank_bound
-from rankfit.tasks import base_model as models
+from rankfit.tasks import base_model
 
 from .small import IMAGE, deit_small_config
 
 
 @pytest.fixture(scope="module")
 def deit() -> Payload:
-    base = models.build_empty(deit_small_config(100), IMAGE, attention="sdpa", precision="fp32")
-    return Payload.of(base, models.target_modules(base, "default"), (), "float32")
+    base = base_model.build_empty(deit_small_config(100), IMAGE, attention="sdpa", precision="fp32")
+    return Payload.of(base, base_model.target_modules(base, "default"), (), "float32")
 
 
 def test_table_of_the_paper(deit: Payload):
@@ -57,6 +57,6 @@ def test_bad_figures_are_named(deit: Payload):
         rank_bound(1, 1, 0)
     with pytest.raises(ValueError, match=r"'float8'.*wire\.dtype"):
         Payload(deit.shapes, wire_dtype="float8")
-    base = models.build_empty(deit_small_config(), IMAGE, attention="sdpa", precision="fp32")
+    base = base_model.build_empty(deit_small_config(), IMAGE, attention="sdpa", precision="fp32")
     with pytest.raises(ValueError, match="is not a Linear module"):
         Payload.of(base, ("vit.embeddings",), (), "float32")

@@ -22,7 +22,7 @@ from rankfit.estimator.step import filled_batch, run_steps
 from rankfit.estimator.step_spec import InputSpec, StepSpec
 from rankfit.estimator.trace import solve
 from rankfit.estimator.tracer import TraceCache
-from rankfit.tasks import base_model as models
+from rankfit.tasks import base_model
 from rankfit.tasks.base_model import quantization
 from rankfit.tasks.lora import inject, train_only
 
@@ -47,7 +47,7 @@ def quantised(spec: StepSpec, folder: Path) -> nn.Module:
         {"model.quantization": spec.quantization, "model.precision": spec.precision}
     ).model
     base = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=models.DTYPES[spec.precision],
+        folder, config=config, dtype=base_model.DTYPES[spec.precision],
         attn_implementation=spec.attention, **quantization(model, "folder"),
     )  # fmt: skip
     base.requires_grad_(False)

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from rankfit.client import worker_proxy as messenger
+from rankfit.client import worker_proxy
 from rankfit.client.accelerate_config import DataParallel
 from rankfit.client.request_handler import perform
 from rankfit.client.worker_protocol import Request
@@ -39,7 +39,7 @@ UNEVEN = ("train.batch-size=32", "train.epochs=2")
 
 
 def of_two(device: Node, *overrides: str) -> WorkerSpec:
-    return replace(device.order(*overrides), group=DataParallel(2, cpu=True))
+    return replace(device.spec(*overrides), group=DataParallel(2, cpu=True))
 
 
 def members() -> list[psutil.Process]:
@@ -56,13 +56,13 @@ def planned(request: Request, **changes: int) -> Request:
 
 
 def test_two_processes_train_what_one_does_fall_back_and_end_together(device: Node) -> None:
-    order = of_two(device, *UNEVEN)
-    messenger.prefetch(order, Request("prefetch", partition=1, partitions=2))
+    spec = of_two(device, *UNEVEN)
+    worker_proxy.prefetch(spec, Request("prefetch", partition=1, partitions=2))
     alone = Workspace(settings(*UNEVEN), None)
     assert len(alone.samples(1, 2)) % 32 == 1
     for number, rank in ((1, 4), (2, 8)):
         one = perform(alone, planned(train(rank, number, 1), micro_batch=32))
-        two = messenger.ask(order, planned(train(rank, number, 1), micro_batch=16))
+        two = worker_proxy.ask(spec, planned(train(rank, number, 1), micro_batch=16))
         assert one.arrays.keys() == two.arrays.keys()
         for name, array in one.arrays.items():
             np.testing.assert_allclose(two.arrays[name], array, rtol=2e-3, atol=2e-5, err_msg=name)
@@ -72,31 +72,31 @@ def test_two_processes_train_what_one_does_fall_back_and_end_together(device: No
     tight = replace(
         planned(train(8, 2, 1), micro_batch=16), cap_bytes=int(two.metrics["peak-memory-bytes"]) - 1
     )
-    smaller = messenger.ask(order, tight).metrics
+    smaller = worker_proxy.ask(spec, tight).metrics
     assert smaller["out-of-memory"] == 1 and smaller["micro-batch"] == 8
     assert smaller["steps"] == two.metrics["steps"]
-    assert messenger.ask(order, evaluate()).metrics == perform(alone, evaluate()).metrics
+    assert worker_proxy.ask(spec, evaluate()).metrics == perform(alone, evaluate()).metrics
     place, processes = the_place(), members()
     assert len(processes) == 2
-    messenger.finish(order)
+    worker_proxy.finish(spec)
     wait_for(lambda: all(gone(each, place.folder) for each in processes), "all are gone", 60.0)
 
 
 def test_a_process_that_dies_costs_one_update(device: Node) -> None:
-    order = of_two(device, "train.epochs=500")
+    spec = of_two(device, "train.epochs=500")
     with ThreadPoolExecutor(1) as pool:
-        lost = pool.submit(messenger.ask, order, train())
+        lost = pool.submit(worker_proxy.ask, spec, train())
         place = next_place()
         wait_for(lambda: log_text(place).count("base model") >= 2, "both have the base")
         worker, other = members()
         other.kill()
-        with pytest.raises(messenger.WorkerError, match="died during train"):
+        with pytest.raises(worker_proxy.WorkerError, match="died during train"):
             lost.result(60)
-    # The kernel closes a process's sockets, which the messenger sees, before the process is gone.
+    # The kernel closes a process's sockets, which the proxy sees, before it is gone.
     wait_for(lambda: not runs(worker), "the worker is gone", 60.0)
     short = of_two(device)
-    assert messenger.ask(replace(short, run_id=2), train()).metrics["steps"] > 0
-    messenger.finish(replace(short, run_id=2))
+    assert worker_proxy.ask(replace(short, run_id=2), train()).metrics["steps"] > 0
+    worker_proxy.finish(replace(short, run_id=2))
 
 
 _MEETS = """

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankfit.client import worker_proxy as messenger
+from rankfit.client import worker_proxy
 from rankfit.client.request_handler import perform
 from rankfit.client.worker_protocol import Answer, FrameError, Request, receive_frame, send_frame
 from rankfit.client.worker_registry import (
@@ -50,7 +50,7 @@ LONG = "train.epochs=500"
 
 def listening(device: Node, *overrides: str) -> Path:
     """Start a worker that has loaded nothing yet; return its folder."""
-    messenger.start(device.order(*overrides))
+    worker_proxy.start(device.spec(*overrides))
     place = the_place()
     wait_for(place.socket.exists, "the worker listens")
     wait_for(lambda: "listens" in log_text(place), "the worker says so")
@@ -70,55 +70,57 @@ def same(one: Answer, other: Answer) -> None:
 def test_ten_rounds_of_changing_ranks_load_the_base_once_and_figures_are_the_same(
     device: Node,
 ) -> None:
-    order = device.order()
-    messenger.prefetch(order, Request("prefetch", partition=0, partitions=2))
+    spec = device.spec()
+    worker_proxy.prefetch(spec, Request("prefetch", partition=0, partitions=2))
     place = the_place()
     for number in range(1, 11):
         rank = 1 + number * 5 % 12
-        warm = messenger.ask(order, train(rank, number))
+        warm = worker_proxy.ask(spec, train(rank, number))
         cold = perform(Workspace(settings(), None), train(rank, number))
         same(warm, cold)
-    same(messenger.ask(order, evaluate()), perform(Workspace(settings(), None), evaluate()))
+    same(worker_proxy.ask(spec, evaluate()), perform(Workspace(settings(), None), evaluate()))
     text = log_text(place)
     assert text.count("base model builtin:font-vit loaded") == 1, text
     assert text.count("train of round") == 20, text
     assert "prefetched" in text
     process = process_of(place)
-    messenger.finish(order)
+    worker_proxy.finish(spec)
     wait_for(lambda: gone(process, place.folder), "the worker is gone", 60.0)
 
 
 def test_killed_while_it_trains_and_between_rounds(device: Node) -> None:
-    order = device.order(LONG)
+    spec = device.spec(LONG)
     with ThreadPoolExecutor(1) as pool:
-        lost = pool.submit(messenger.ask, order, train(number=3))
+        lost = pool.submit(worker_proxy.ask, spec, train(number=3))
         place = next_place()
         wait_for(lambda: "train of round 3: begins" in log_text(place), "it trains")
         wait_for(lambda: "loaded" in log_text(place), "it has the base")
         log_file = place.read().log
         process_of(place).kill()
-        with pytest.raises(messenger.WorkerError, match="died during train of round 3") as caught:
+        with pytest.raises(
+            worker_proxy.WorkerError, match="died during train of round 3"
+        ) as caught:
             lost.result(60)
     assert str(log_file) in str(caught.value) and "update is lost" in str(caught.value)
     assert worker_dirs() == []
 
-    first = messenger.ask(order, evaluate())  # a new worker
+    first = worker_proxy.ask(spec, evaluate())  # a new worker
     second = the_place()
     killed = process_of(second)
     killed.kill()
     wait_for(lambda: not second.alive(), "it is dead")
-    same(messenger.ask(order, evaluate()), first)
+    same(worker_proxy.ask(spec, evaluate()), first)
     assert the_place().folder != second.folder and gone(killed, second.folder)
 
 
 def test_two_messages_at_once_are_served_in_order(device: Node) -> None:
-    order = device.order("train.epochs=3")
-    alone = messenger.ask(order, train(2, 1))
+    spec = device.spec("train.epochs=3")
+    alone = worker_proxy.ask(spec, train(2, 1))
     place = the_place()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(messenger.ask, order, train(8, 2, 0))
+        first = pool.submit(worker_proxy.ask, spec, train(8, 2, 0))
         wait_for(lambda: "train of round 2: begins" in log_text(place), "the first is begun")
-        second = pool.submit(messenger.ask, order, train(2, 1, 0))
+        second = pool.submit(worker_proxy.ask, spec, train(2, 1, 0))
         first.result(60)
         same(second.result(60), alone)
     events = [line.split(": ", 1)[1] for line in log_text(place).splitlines() if "of round" in line]
@@ -128,17 +130,17 @@ def test_two_messages_at_once_are_served_in_order(device: Node) -> None:
 
 
 def test_a_failed_message_costs_itself_and_names_the_log(device: Node) -> None:
-    order = device.order()
+    spec = device.spec()
     wrong = train()
     assert wrong.instruction is not None
     other = replace(wrong.instruction, fingerprint="0" * 64)
     wrong = Request("train", other, wrong.arrays, 0, 2)
-    with pytest.raises(messenger.WorkerError, match="WrongBase: .*worker's log: ") as caught:
-        messenger.ask(order, wrong)
+    with pytest.raises(worker_proxy.WorkerError, match="WrongBase: .*worker's log: ") as caught:
+        worker_proxy.ask(spec, wrong)
     process = process_of(the_place())
     assert str(the_place().read().log) in str(caught.value)
     assert caught.value.coded.code == "model-differs"
-    assert messenger.ask(order, evaluate()).metrics["num-examples"] > 0
+    assert worker_proxy.ask(spec, evaluate()).metrics["num-examples"] > 0
     assert process_of(the_place()) == process
 
 
@@ -151,7 +153,7 @@ def test_ends_with_its_supernode(device: Node) -> None:
 
 
 def test_ends_when_idle(device: Node) -> None:
-    place = messenger.start(device.order("client.idle-seconds=3"))
+    place = worker_proxy.start(device.spec("client.idle-seconds=3"))
     process, log_file = process_of(place), place.read().log
     wait_for(lambda: gone(process, place.folder), "the worker is gone")
     assert "no message for 3 s" in log_file.read_text()
@@ -173,15 +175,15 @@ def test_ends_when_asked_busy_or_not(device: Node) -> None:
     process = process_of(the_place())
     stop(the_place())
     assert gone(process, folder)
-    order = device.order(LONG)
+    spec = device.spec(LONG)
     with ThreadPoolExecutor(1) as pool:
-        lost = pool.submit(messenger.ask, order, train())
+        lost = pool.submit(worker_proxy.ask, spec, train())
         place = next_place()
         wait_for(lambda: "loaded" in log_text(place), "it trains")
         process = process_of(place)
         stop(place)
         assert gone(process, place.folder)
-        with pytest.raises(messenger.WorkerError, match="died"):
+        with pytest.raises(worker_proxy.WorkerError, match="died"):
             lost.result(60)
 
 
@@ -189,7 +191,7 @@ def test_ends_when_asked_busy_or_not(device: Node) -> None:
 def test_a_second_run_on_a_device(device: Node, policy: str, left: int) -> None:
     listening(device)
     first = process_of(the_place())
-    messenger.start(device.order(f"client.second-run={policy}", run_id=2))
+    worker_proxy.start(device.spec(f"client.second-run={policy}", run_id=2))
     assert len(worker_dirs()) == left
     assert runs(first) == (policy == "own")
 
@@ -226,8 +228,8 @@ def test_refuses_a_wrong_token_and_what_is_too_large(device: Node) -> None:
     assert runs(process_of(the_place()))
     with pytest.raises(FrameError, match=r"above the limit of 1048576; raise client.message-mib"):
         big = Request("train", arrays={"x": np.zeros(2**20, np.float32)})
-        messenger.ask(device.order("client.message-mib=1"), big)
-    messenger.finish(device.order())
+        worker_proxy.ask(device.spec("client.message-mib=1"), big)
+    worker_proxy.finish(device.spec())
     wait_for(lambda: not folder.exists(), "the worker is gone", 60.0)
 
 
@@ -254,7 +256,7 @@ def test_a_path_too_long_for_a_socket_is_refused(
     with monkeypatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(long))
         with pytest.raises(WorkerDirError, match="longer than 103 bytes"):
-            messenger.start(device.order())
+            worker_proxy.start(device.spec())
         assert worker_dirs() == []
 
 
@@ -263,7 +265,7 @@ def test_folders_of_workers_that_were_killed_are_swept(device: Node) -> None:
     process = process_of(the_place())
     process.send_signal(signal.SIGKILL)
     wait_for(lambda: not the_place().alive(), "it is dead")
-    messenger.start(device.order(run_id=2))
+    worker_proxy.start(device.spec(run_id=2))
     assert not folder.exists() and len(worker_dirs()) == 1
 
 
@@ -278,8 +280,8 @@ def test_a_worker_that_is_found_can_be_read(device: Node, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(WorkerDir, "write", looked_at)
     (base_folder() / ".killed-while-it-was-made").mkdir(mode=0o700)
-    place = messenger.start(device.order())
-    assert worker_dirs() == [place] and place.read().order.run_id == 1
+    place = worker_proxy.start(device.spec())
+    assert worker_dirs() == [place] and place.read().spec.run_id == 1
     assert [path.name for path in base_folder().iterdir()] == [place.folder.name]
 
 
@@ -311,12 +313,12 @@ def test_what_the_worker_holds_of_the_gpu_counts_as_free(tmp_path: Path) -> None
 
 
 def test_two_starts_at_once_make_one_worker(device: Node) -> None:
-    order = device.order()
+    spec = device.spec()
     barrier = threading.Barrier(4)
 
     def start_together() -> None:
         barrier.wait()
-        messenger.start(order)
+        worker_proxy.start(spec)
 
     with ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(start_together) for _ in range(4)]:

