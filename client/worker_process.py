@@ -263,7 +263,7 @@ def _free_gpu_bytes() -> int:
 
 
 def _told(error: Exception) -> dict[str, object]:
-    """An error as the worker_proxy is told of it: neither leaves the machine with its text."""
+    """An error as the worker's proxy sees it: neither leaves the machine with its text."""
     return {"error": type(error).__name__, **asdict(fault_of(error))}
 
 
