@@ -248,6 +248,7 @@ def measured() -> "Profile":
     """
     import torch
 
+    from rankfit.client.nvml import process_bytes
     from rankfit.estimator.calibration import Profile, Term
 
     properties = torch.cuda.get_device_properties(0)
@@ -256,7 +257,13 @@ def measured() -> "Profile":
     product = matrix @ matrix
     torch.cuda.synchronize()
     workspace = torch.cuda.memory_allocated() - before - product.untyped_storage().nbytes()
-    context = _process_bytes(f"GPU-{properties.uuid}") - torch.cuda.memory_reserved()
+    held = process_bytes(f"GPU-{properties.uuid}", os.getpid())
+    if held is None:
+        raise ConfigError(
+            "NVML does not tell what this process holds of the GPU (a container without the host's "
+            "process ids, or WSL): run rankfit calibrate outside of it"
+        )
+    context = held - torch.cuda.memory_reserved()
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     source = f"measured by rankfit calibrate on {today}, torch {torch.__version__}"
     name = "cublas-workspace-sm90" if properties.major == 9 else "cublas-workspace"
@@ -266,21 +273,3 @@ def measured() -> "Profile":
     }
     capability = f"{properties.major}.{properties.minor}"
     return Profile(properties.name, capability, terms)
-
-
-def _process_bytes(uuid: str) -> int:
-    """Bytes of the GPU that NVML counts for this process."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == os.getpid() and process.usedGpuMemory:
-                return int(process.usedGpuMemory)
-    finally:
-        pynvml.nvmlShutdown()
-    raise ConfigError(
-        "NVML does not tell what this process holds of the GPU (a container without the host's "
-        "process ids, or WSL): run rankfit calibrate outside of it"
-    )

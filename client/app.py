@@ -326,9 +326,10 @@ def _own() -> OwnMemory | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    from rankfit.estimator.calibration import Calibration
+    from rankfit.client.memory_meter import own_memory
+    from rankfit.tasks.lora import training_device
 
-    return OwnMemory(os.getpid(), torch.cuda.memory_reserved() + Calibration.cuda().context)
+    return own_memory(training_device())
 
 
 def _see_only(report: DeviceReport) -> None:

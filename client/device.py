@@ -17,10 +17,19 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class OwnMemory:
-    """What a process of this client's own holds of the GPU, in bytes."""
+    """What a process of this client's own holds of the GPU, in bytes.
+
+    Attributes
+    ----------
+    gpu_bytes : int
+        In all: it is free for this client.
+    context_bytes : int
+        Outside of torch's allocator (−1 = not known).
+    """
 
     pid: int
     gpu_bytes: int
+    context_bytes: int = -1
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,7 @@ def device_report(
         download_mbps=profile.download_mbps,
         samples=samples,
         group_size=group.size if group else 1,
+        context_bytes=-1 if group and group.size > 1 else own.context_bytes,
     )
 
 

@@ -1,31 +1,80 @@
 """Measuring the memory of training steps, and keeping to a declared budget."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from rankfit.estimator.calibration import Calibration
+from rankfit.client.device import OwnMemory
+from rankfit.client.nvml import process_bytes
 from rankfit.estimator.recording import LiveMemory
+
+#: What NVML counts for a process is a multiple of it.
+_GRAIN = 2 * 2**20
+
+
+def own_memory(device: torch.device) -> OwnMemory:
+    """What this process holds of a GPU, and how much of it outside of torch's allocator."""
+    if device.type != "cuda":
+        return OwnMemory(os.getpid(), 0)
+    reserved = torch.cuda.memory_reserved(device)
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    held = process_bytes(uuid, os.getpid())
+    if held is None or held < reserved:
+        return OwnMemory(os.getpid(), reserved)
+    context = -(-(held - reserved) // _GRAIN) * _GRAIN
+    return OwnMemory(os.getpid(), held, context)
+
+
+@contextmanager
+def allocator_limit(
+    device: torch.device, cap_bytes: int | None, later_bytes: int | None, outside_bytes: int
+) -> Iterator[None]:
+    """Keep torch's allocator on a GPU within a cap, and afterwards within another.
+
+    At its limit the allocator gives back the segments that hold nothing, and only then raises
+    ``OutOfMemoryError``: what texts of many lengths leave unused does not pile up.
+
+    Parameters
+    ----------
+    cap_bytes, later_bytes : int or None
+        What the process may take in all, within and after (None = all of the GPU).
+    outside_bytes : int
+        What of it is for what lies outside of the allocator (CUDA's context, NCCL's buffers).
+    """
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+
+    def limit(most: int | None) -> None:
+        allowed = total if most is None else max(most - outside_bytes, 0)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+
+    # What an earlier client of this process left in the cache is not this one's.
+    torch.cuda.empty_cache()
+    limit(cap_bytes)
+    try:
+        yield
+    finally:
+        limit(later_bytes)
 
 
 class CudaMeter:
-    """Peak of device memory of the process, under a cap that it enforces.
+    """Peak of device memory of the process: what decides out of memory.
 
-    Both are what decides out of memory: what the caching allocator reserves, and what is outside of
-    it (CUDA's context, NCCL's buffers), which the cap of the allocator must leave room for.
+    That is what the caching allocator reserves, and what is outside of it.
+
+    Parameters
+    ----------
+    outside_bytes : int
+        What the plan expects outside of the allocator; NVML's figure takes its place.
     """
 
-    def __init__(self, device: torch.device, cap_bytes: int | None, group_size: int = 1) -> None:
-        self._device = device
-        total = torch.cuda.get_device_properties(device).total_memory
-        self._outside = Calibration.cuda(group_size=group_size).outside
-        allowed = total if cap_bytes is None else cap_bytes - self._outside
-        share = min(1.0, max(allowed, 0) / total)
-        torch.cuda.set_per_process_memory_fraction(share, device)
-        # What an earlier client of this process left in the cache is not this one's.
-        torch.cuda.empty_cache()
+    def __init__(self, device: torch.device, outside_bytes: int) -> None:
+        self._device, self._outside = device, outside_bytes
         torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
@@ -37,8 +86,11 @@ class CudaMeter:
         """Do nothing: see :meth:`step`."""
 
     def peak(self) -> int:
-        """Largest bytes so far."""
-        return int(torch.cuda.max_memory_reserved(self._device)) + self._outside
+        """Largest bytes so far; outside of the allocator what NVML counts now, if it tells."""
+        outside = own_memory(self._device).context_bytes
+        return int(torch.cuda.max_memory_reserved(self._device)) + (
+            self._outside if outside < 0 else outside
+        )
 
 
 class LiveMeter:
@@ -88,9 +140,9 @@ def meter_of(
     cap_bytes: int | None,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    group_size: int = 1,
+    outside_bytes: int = 0,
 ) -> CudaMeter | LiveMeter:
-    """The meter of a training device, alone or in a group, under a cap in bytes (None = none)."""
+    """The meter of a training device; on the CPU it enforces a cap in bytes (None = none)."""
     if device.type == "cuda":
-        return CudaMeter(device, cap_bytes, group_size)
+        return CudaMeter(device, outside_bytes)
     return LiveMeter(cap_bytes, model, optimizer)

@@ -134,6 +134,26 @@ def find_gpus(
     return found
 
 
+def process_bytes(uuid: str, process: int) -> int | None:
+    """Bytes of a GPU or MIG slice that a process holds; None where NVML does not tell.
+
+    It does not in a container that has process ids of its own, and on WSL.
+    """
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        found = _running(handle) or ()
+        return next((i.usedGpuMemory for i in found if i.pid == process and i.usedGpuMemory), None)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
 def visible_devices(text: str | None, uuids: Sequence[str]) -> tuple[int | str, ...]:
     """What ``CUDA_VISIBLE_DEVICES`` leaves visible, in CUDA's order.
 
@@ -307,11 +327,18 @@ def _memory(handle: Any) -> Memory | None:
 
 
 def _processes(handle: Any, process: int) -> int:
-    """Count the other compute processes; v3 came with driver 510, v2 with 450 (same struct)."""
+    """Count the other compute processes (−1 = not known)."""
+    found = _running(handle)
+    return -1 if found is None else sum(int(item.pid) != process for item in found)
+
+
+def _running(handle: Any) -> Sequence[Any] | None:
+    """Compute processes on a device; v3 came with driver 510, v2 with 450 (same struct)."""
+    found: Sequence[Any] | None
     found = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, handle, default=None)
     if found is None:
         found = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses_v2, handle, default=None)
-    return -1 if found is None else sum(int(item.pid) != process for item in found)
+    return found
 
 
 def _ask(function: Callable[[Any], Any], handle: Any, *, default: Any) -> Any:

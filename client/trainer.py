@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.names import WHOLE, Rates
-from rankfit.client.memory_meter import meter_of
+from rankfit.client.memory_meter import allocator_limit, meter_of
 from rankfit.client.policy import NotAllowed
 from rankfit.client.regularizers import (
     Penalty,
@@ -197,11 +197,16 @@ def train(workspace: Workspace, job: Job) -> Trained:
             break
         except torch.OutOfMemoryError as error:
             workspace.group.fail(error)
-            smaller = fall_back(plan)
-            if smaller is None:
-                raise
-            log.warning("client %s: %s; trying again smaller", job.client, error)
-            plan, failures = smaller, failures + 1
+            if workspace.keeps_to_plan and plan.outside_bytes:
+                # What was planned is too little for it; the whole budget may do.
+                workspace.keeps_to_plan = False
+                log.warning("client %s: %s; trying again beyond its plan", job.client, error)
+            else:
+                smaller = fall_back(plan)
+                if smaller is None:
+                    raise
+                log.warning("client %s: %s; trying again smaller", job.client, error)
+                plan, failures = smaller, failures + 1
         # The failed attempt's tensors hang on its traceback, which ends with the except clause.
         free_cache()
     metrics[Metric.TRAIN_SECONDS] = time.monotonic() - began
@@ -299,7 +304,10 @@ def _attempt(
         parameters = _trained_parameters(model)
         decay = _rank_decay(settings, plan, parameters)
         penalties = [*_proximal(settings, given, parameters), *decay]
-        with checkpointing(base, plan.checkpointing):
+        limit = allocator_limit(
+            workspace.device, _most(workspace, job, plan), job.cap_bytes, plan.outside_bytes
+        )
+        with checkpointing(base, plan.checkpointing), limit:
             metrics = _fit(workspace, job, plan, model, parameters, penalties)
         trained = {n: t.detach().cpu().clone() for n, t in read_state(model).items()}
         state = {n: t for n, t in trained.items() if n in travels}
@@ -314,6 +322,13 @@ def _attempt(
         base.eval()
         if settings.train.compile:
             torch.compiler.reset()  # or the compiled step would keep this adapter's modules
+
+
+def _most(workspace: Workspace, job: Job, plan: Plan) -> int | None:
+    """Most bytes of the device that a training may take: what is planned, as far as that goes."""
+    if not workspace.keeps_to_plan or not plan.outside_bytes:
+        return job.cap_bytes
+    return plan.peak_bytes if job.cap_bytes is None else min(plan.peak_bytes, job.cap_bytes)
 
 
 def _scores(workspace: Workspace, job: Job, model: PeftModel) -> dict[str, float]:
@@ -383,7 +398,7 @@ def _fit(
     called = model
     if settings.train.compile:
         called = cast(nn.Module, torch.compile(model, backend=settings.train.compile))
-    meter = meter_of(workspace.device, job.cap_bytes, model, optimizer, group.size)
+    meter = meter_of(workspace.device, job.cap_bytes, model, optimizer, plan.outside_bytes)
     scaler = loss_scaler(settings, plan.precision, workspace.device)
     loss_sum, seen, steps, skipped = 0.0, 0.0, 0, 0
     minutes, began = workspace.policy.work.minutes, time.monotonic()

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -253,7 +253,11 @@ class Worker:
             return
         if not self._start.spec.settings.client.keep_base_on_device:
             self._workspace.park()
-        self._place.write_held(self._context_bytes + self._workspace.free())
+        self._workspace.free()
+        held = self._workspace.own_memory()
+        if held.context_bytes < 0:  # NVML does not tell: what opening the context took
+            held = replace(held, gpu_bytes=held.gpu_bytes + self._context_bytes)
+        self._place.write_held(held.gpu_bytes, held.context_bytes)
 
 
 def _free_gpu_bytes() -> int:

@@ -101,11 +101,8 @@ def make_room(spec: WorkerSpec) -> None:
 
 def own_memory(spec: WorkerSpec) -> OwnMemory | None:
     """What the worker of a run on this device holds of its GPU; None without a worker."""
-    for place in worker_dirs(f"{spec.key}-"):
-        process = place.process()
-        if process is not None and process.alive():
-            return OwnMemory(process.pid, place.reserved_bytes())
-    return None
+    found = (place.own_memory() for place in worker_dirs(f"{spec.key}-"))
+    return next((own for own in found if own is not None), None)
 
 
 def finish(spec: WorkerSpec) -> None:

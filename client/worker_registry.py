@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rankfit.client.accelerate_config import DataParallel
+from rankfit.client.device import OwnMemory
 from rankfit.client.policy import Policy, everything
 from rankfit.client.worker_protocol import Request
 from rankfit.configs.faults import Faulty
@@ -201,19 +202,23 @@ class WorkerDir:
         except (OSError, ValueError):
             return None
 
-    def write_held(self, gpu_bytes: int) -> None:
+    def write_held(self, gpu_bytes: int, context_bytes: int) -> None:
         """Write down what the worker holds of the GPU between messages, in bytes."""
-        new = self.folder / "reserved.new"
+        new = self.folder / "held.new"
         new.unlink(missing_ok=True)
-        _write(new, str(gpu_bytes))
-        new.replace(self.folder / "reserved")
+        _write(new, f"{gpu_bytes} {context_bytes}")
+        new.replace(self.folder / "held")
 
-    def reserved_bytes(self) -> int:
-        """Bytes of the GPU that the worker holds between messages; 0 if it has not said."""
+    def own_memory(self) -> OwnMemory | None:
+        """What the worker holds of the GPU between messages; None if it does not run."""
+        process = self.process()
+        if process is None or not process.alive():
+            return None
         try:
-            return int((self.folder / "reserved").read_text("utf-8"))
-        except (OSError, ValueError):
-            return 0
+            gpu_bytes, context_bytes = (self.folder / "held").read_text("utf-8").split()
+            return OwnMemory(process.pid, int(gpu_bytes), int(context_bytes))
+        except (OSError, ValueError):  # it has not said
+            return OwnMemory(process.pid, 0)
 
     def alive(self) -> bool:
         """Whether the worker's process runs."""

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankfit.client.data_parallel import Group
+from rankfit.client.device import OwnMemory
+from rankfit.client.memory_meter import own_memory
 from rankfit.client.policy import Kept, Policy, everything, kept_folder
 from rankfit.configs.faults import Faulty
 from rankfit.configs.learning import QUANTIZED
@@ -133,6 +135,8 @@ class Workspace:
     #: The base by its precision. One lies on the training device, the others on the host.
     _bases: dict[str, PreTrainedModel] = field(default_factory=dict)
     _placed: str = ""
+    #: Whether trainings are held to the memory that was planned; not after one that needed more.
+    keeps_to_plan: bool = True
 
     @cached_property
     def task(self) -> Task:
@@ -242,12 +246,14 @@ class Workspace:
         if self.device.type == "cuda":
             torch.empty(1, device=self.device)
 
-    def free(self) -> int:
-        """Give the allocator's unused memory back; returns the bytes of the GPU that it keeps."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved(self.device)
+    def free(self) -> None:
+        """Give the allocator's unused memory back."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def own_memory(self) -> OwnMemory:
+        """What this process holds of the GPU."""
+        return own_memory(self.device)
 
     def check_base(self, expected: str) -> None:
         """Refuse to train on another base than the server's.

@@ -84,7 +84,11 @@ class Calibration:
         """Terms for a device; a CPU has none. ``CUBLAS_WORKSPACE_CONFIG`` is honoured."""
         if report.accelerator == "cpu":
             return cls()
-        return cls.cuda(report.compute_capability, report.group_size)
+        return cls.cuda(report.compute_capability, report.group_size).measured(report)
+
+    def measured(self, report: DeviceReport) -> Self:
+        """The terms with the context that the device's own process was measured to take."""
+        return self if report.context_bytes < 0 else replace(self, context=report.context_bytes)
 
     @property
     def outside(self) -> int:
@@ -161,7 +165,7 @@ class Profile:
             if name == "nccl-communicator" and report.group_size == 1:
                 continue
             terms = replace(terms, **{_FIELDS[name]: term.value})
-        return terms
+        return terms.measured(report)
 
     def covers(self, report: DeviceReport) -> bool:
         """Whether the profile holds for a device; never for a CPU."""
@@ -258,6 +262,10 @@ class Corrections:
                     "%s (%s) takes up to %.2f MiB above its estimate, which is kept free from now "
                     "on", report.client, kind, excess / 2**20,
                 )  # fmt: skip
+
+    def forget(self, report: DeviceReport) -> None:
+        """Drop what a client measured: its estimate counts another context from now on."""
+        self._excess.get(kind_of(report), {}).pop(report.client, None)
 
     def state(self) -> dict[str, dict[str, int]]:
         """What was learned, for the checkpoint."""

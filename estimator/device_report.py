@@ -21,6 +21,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "download_mbps": (0, 10**7),
     "samples": (-1, 10**12),
     "group_size": (1, 1024),
+    "context_bytes": (-1, 2**33),
 }
 #: Characters that are kept of each of its texts.
 LENGTHS: Mapping[str, int] = {
@@ -59,6 +60,8 @@ class DeviceReport:
         Training samples held (−1 = not counted).
     group_size : int
         Processes that share each batch, one for each GPU; memory is that of the tightest GPU.
+    context_bytes : int
+        What a process was measured to take of the GPU outside of torch's allocator (−1 = not yet).
     """
 
     client: str
@@ -76,6 +79,7 @@ class DeviceReport:
     download_mbps: float = 0.0
     samples: int = -1
     group_size: int = 1
+    context_bytes: int = -1
 
     def __post_init__(self) -> None:
         if self.total_bytes <= 0 or not 0 <= self.free_bytes <= self.total_bytes:

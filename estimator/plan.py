@@ -40,6 +40,8 @@ class Plan:
         Of the frozen base: fp32, bf16, fp16, int8 or nf4.
     rates : Rates
         How fast factors and head learn, by Adam.
+    outside_bytes : int
+        What of the peak lies outside of a GPU's allocator: CUDA's context, NCCL's buffers.
     """
 
     ranks: Mapping[str, int]
@@ -54,6 +56,7 @@ class Plan:
     extras: tuple[Extra, ...] = ()
     precision: str = "fp32"
     rates: Rates = Rates()
+    outside_bytes: int = 0
 
     @property
     def rank(self) -> int:
@@ -78,6 +81,7 @@ class Plan:
             "rank-power": self.rates.rank_power,
             "row-step": self.rates.row_step,
             "whole-head": self.rates.whole_head,
+            "outside-bytes": self.outside_bytes,
         }
 
     @classmethod
@@ -102,4 +106,5 @@ class Plan:
                 float(record.get("row-step", 0.0)),  # type: ignore[arg-type]
                 bool(record.get("whole-head", False)),
             ),
+            outside_bytes=int(record.get("outside-bytes", 0)),  # type: ignore[call-overload]
         )

@@ -574,6 +574,7 @@ class Estimator:
             binding=binding,
             remainder_rank=total if remainder else 0,
             precision=step.precision,
+            outside_bytes=terms.outside,
         )
 
 

@@ -8,7 +8,14 @@ from transformers import PreTrainedModel
 
 from rankfit.adapters.adapter import Adapter
 from rankfit.configs.settings import RunSettings, derive
-from rankfit.tasks.lora import eject, fisher_scores, inject, load_adapter, training_device
+from rankfit.tasks.lora import (
+    eject,
+    fisher_scores,
+    free_cache,
+    inject,
+    load_adapter,
+    training_device,
+)
 from rankfit.tasks.task import Split, Task
 
 
@@ -35,6 +42,7 @@ class Evaluator:
         self.device = training_device()
         self._model: PeftModel | None = None
         self._ranks: dict[str, int] = {}
+        self._movable = settings.model.quantization == "none"
 
     def __call__(self, adapter: Adapter) -> dict[str, float]:
         """Metrics of a global adapter, of whatever ranks, on the whole test split."""
@@ -44,7 +52,10 @@ class Evaluator:
         """Metrics of a global adapter on a whole split."""
         model = self.hold(adapter)
         rows = range(len(split))
-        return self._task.evaluate(model, split, rows, self.device, self._batch_size)
+        try:
+            return self._task.evaluate(model, split, rows, self.device, self._batch_size)
+        finally:
+            self.rest()
 
     def hold(self, adapter: Adapter) -> PeftModel:
         """The base with an adapter in it; made anew only when the ranks differ from the last."""
@@ -54,9 +65,16 @@ class Evaluator:
             model = inject(
                 self._base, adapter.ranks, scale=adapter.scale, dropout=0.0, heads=self._heads
             )
-            self._model, self._ranks = model.to(self.device), adapter.ranks
+            self._model, self._ranks = model, adapter.ranks
+        self._model.to(self.device)
         load_adapter(self._model, adapter)
         return self._model
+
+    def rest(self) -> None:
+        """Leave a GPU to those who train on it, until the next evaluation."""
+        if self._model is not None and self.device.type == "cuda" and self._movable:
+            self._model.to("cpu")
+            free_cache()
 
 
 class Importance:
@@ -77,4 +95,7 @@ class Importance:
         seed = derive(self._settings.run.seed, "probe", server_round)
         rows = np.random.default_rng(seed).choice(count, probe, replace=False)
         model = self._evaluator.hold(adapter)
-        return fisher_scores(model, self._task.train, rows, self._evaluator.device)
+        try:
+            return fisher_scores(model, self._task.train, rows, self._evaluator.device)
+        finally:
+            self._evaluator.rest()

@@ -103,6 +103,10 @@ class Planner:
         """
         stage = self._method.schedule(max(1, server_round), self._settings)
         estimator = self._estimator(stage.phases)
+        for client, report in reports.items():
+            before = self._reports.get(client)
+            if before is not None and before.context_bytes != report.context_bytes:
+                self.corrections.forget(report)
         self._reports = dict(reports)
         limited = {name: self._limit(report) for name, report in reports.items()}
         fitted: dict[str, Plan] = {}
