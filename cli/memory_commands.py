@@ -120,7 +120,7 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
                 settings, config, inputs, phases=(plan.trainable,),
                 whole_head=plan.rates.whole_head, traces=traces,
             )  # fmt: skip
-        report = DeviceReport.from_dict(row["device"])
+        report = DeviceReport.from_dict({"context-bytes": -1, **row["device"]})
         remainders = remainder_ranks(plan.ranks, plan.remainder_rank)
         split = _estimated(estimators[key], report, plan, remainders)
         row["components"] = {"estimated": {name: getattr(split, name) for name in _PARTS}}

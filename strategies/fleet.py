@@ -90,6 +90,8 @@ def _seconds(grid: Grid, node_id: int, content: RecordDict, timeout: float) -> f
 _DEPLOYED = "flwr-serverapp"
 #: Seconds between two looks for new nodes or replies.
 PAUSE = 0.1
+#: Clients that an error names with the reason why they cannot train.
+_SHOWN = 5
 #: Seconds that a known client has to report again; its last report counts after that.
 RENEWAL = 30.0
 
@@ -313,10 +315,11 @@ class Fleet:
         grid: Grid,
         server_round: int,
         ready: Callable[[], int],
+        refused: Callable[[], Mapping[str, str]],
         minimum: int,
         seconds: float,
     ) -> None:
-        """Wait until ``ready()`` counts ``minimum`` clients.
+        """Wait until ``ready()`` counts ``minimum`` clients; ``refused()`` says why others are not.
 
         With 0 one is enough, once all that are expected have answered or the time is up: as many
         as share the data set, or two where each has files of its own.
@@ -335,10 +338,13 @@ class Fleet:
             if count >= max(minimum, 1) and (minimum or self._gathered):
                 return
             if late:
+                reasons = [f"; {client}: {reason}" for client, reason in refused().items()]
+                more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
                 raise FleetError(
                     f"{count} clients could train within {seconds:.0f} s, and server.min-clients "
                     f"is {minimum or 'not set: one'} ({len(self.devices)} answered the query)"
-                )
+                    + "".join(reasons[:_SHOWN]) + more
+                )  # fmt: skip
             time.sleep(PAUSE)
 
     def _admit(self, node: int, reply: Message) -> None:

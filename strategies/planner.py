@@ -46,7 +46,8 @@ class ScoreBook:
 
 log = logging.getLogger(__name__)
 
-#: After out of memory, a client is planned with this share of what the failed plan was to take.
+#: After out of memory, a client is planned with this share of what the failed plan was to take of
+#: what training decides; CUDA's context stays.
 AFTER_FAILURE = 0.95
 #: FLOPs per second that no client is believed to reach.
 FASTEST = 1e20
@@ -172,7 +173,8 @@ class Planner:
 
     def ran_out(self, client: str, plan: Plan) -> None:
         """Plan smaller for a client that ran out of memory at a plan."""
-        ceiling = int(AFTER_FAILURE * plan.peak_bytes)
+        inside = plan.peak_bytes - plan.outside_bytes
+        ceiling = plan.outside_bytes + int(AFTER_FAILURE * inside)
         self._ceilings[client] = min(ceiling, self._ceilings.get(client, ceiling))
         log.info("client %s is planned with %.1f MiB from now on", client, ceiling / 2**20)
 

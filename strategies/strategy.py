@@ -146,7 +146,10 @@ class HeterogeneousLora(Strategy):
             self._plan_fleet(server_round)
             return self.planner.able if self.plans else 0
 
-        self.fleet.wait(grid, server_round, able, server.min_clients, server.wait_seconds)
+        self.fleet.wait(
+            grid, server_round, able, lambda: self.planner.refused,
+            server.min_clients, server.wait_seconds,
+        )  # fmt: skip
         self._lost_memory -= set(self.plans)
 
     def open_round(self, server_round: int, adapter: Adapter, grid: Grid) -> list[Message]:

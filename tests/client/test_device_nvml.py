@@ -67,6 +67,7 @@ def test_one_gpu(driver: Path) -> None:
         "download-mbps": 0.0,
         "samples": 42,
         "group-size": 1,
+        "context-bytes": -1,
     }
     assert str(report["client"]).endswith(f"-{A}")
 
