@@ -159,6 +159,26 @@ def krum(updates: Sequence[Update], hostile: int) -> list[int]:
     return scores.argsort(stable=True).tolist()
 
 
+def agreeing(updates: Sequence[Update]) -> list[int]:
+    """Updates whose changes point the same way as those of the others.
+
+    The one with the least sum of cosines to the others is left out as long as that sum is below 0,
+    so that those who point against the majority go first, and no longer count for the others.
+    Clients of few classes point aside, not against: they stay.
+    """
+    gram = scaled_gram(updates)
+    norms = gram.diagonal().clamp(min=1e-300).sqrt()
+    cosines = (gram / norms[:, None] / norms[None, :]).fill_diagonal_(0.0)
+    kept = list(range(len(updates)))
+    while len(kept) > 2:
+        sums = cosines[kept][:, kept].sum(dim=1)
+        least = int(sums.argmin())
+        if float(sums[least]) >= 0:
+            break
+        del kept[least]
+    return kept
+
+
 def geometric_median(updates: Sequence[Update]) -> list[float]:
     """Weights, adding up to 1, with which the mean of the changes is their geometric median.
 

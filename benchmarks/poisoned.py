@@ -48,7 +48,7 @@ MERGES: dict[str, tuple[str, ...]] = {
     **{
         name: (f"server.robust={name}",)
         for name in ("norm-clipping", "trimmed-mean", "median", "geometric-median", "krum",
-                     "multi-krum")
+                     "multi-krum", "cosine")
     },
 }  # fmt: skip
 Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--splits", nargs="*", default=["iid", "dirichlet"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3])
     parser.add_argument("--merges", nargs="*", default=list(MERGES), choices=list(MERGES))
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -185,19 +185,25 @@ def main() -> None:
         before = json.loads(options.output.read_text())
         results = before["results"] if before["rounds"] == options.rounds else []
     done = {(own["attack"], own["merge"], own["split"], own["seed"]) for own in results}
-    for split, merge, attack in product(options.splits, options.merges, options.attacks):
-        if (attack, merge, split, options.seed) not in done:
-            results.append(measure(attack, merge, split, options.rounds, options.seed))
+    for seed, split, merge, attack in product(
+        options.seeds, options.splits, options.merges, options.attacks
+    ):
+        if (attack, merge, split, seed) not in done:
+            results.append(measure(attack, merge, split, options.rounds, seed))
             write_record(options.output, record | {"results": results})
-    lines = list(table([own for own in results if own["seed"] == options.seed]))
+    lines = list(table(results))
     print("\n".join(lines))
     if options.output == RESULT:
         write_table(DOCUMENT, "poisoned", lines)
 
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
-    """Accuracy by split, merge and attack, as a table of docs/security.md."""
-    accuracy = {(r["split"], r["merge"], r["attack"]): r.get("accuracy", 0.0) for r in results}
+    """Mean accuracy over the seeds by split, merge and attack, as a table of docs/security.md."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for own in results:
+        key = (own["split"], own["merge"], own["attack"])
+        found.setdefault(key, []).append(own.get("accuracy", 0.0))
+    accuracy = {key: sum(each) / len(each) for key, each in found.items()}
     yield " | ".join(["| split | merge", *ATTACKS]) + " |"
     yield "|---" * (len(ATTACKS) + 2) + "|"
     for split, merge in sorted({(r["split"], r["merge"]) for r in results}, reverse=True):

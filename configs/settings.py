@@ -308,7 +308,7 @@ class Server(Table):
         unit="medians",
     )
     max_weight_share: Annotated[float, Field(gt=0, le=1)] = setting(
-        0.5,
+        0.25,
         "Largest share of a round's weight that one client can have, with the others counted up to "
         "their median; two of n shares are always allowed. Samples that the server knows (its own "
         "division of a data set) count in full.",
@@ -319,7 +319,14 @@ class Server(Table):
         "other number drops its update, or it is accepted.",
     )
     robust: Literal[
-        "none", "norm-clipping", "trimmed-mean", "median", "geometric-median", "krum", "multi-krum"
+        "none",
+        "norm-clipping",
+        "trimmed-mean",
+        "median",
+        "geometric-median",
+        "krum",
+        "multi-krum",
+        "cosine",
     ] = setting("none", "Merge that withstands hostile clients; see docs/merging.md.")
     robust_share: Annotated[float, Field(ge=0, lt=0.5)] = setting(
         0.25, "Share of hostile clients that `server.robust` allows for."

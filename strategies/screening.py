@@ -19,7 +19,15 @@ from typing import Any
 
 from rankfit.adapters.merge import Update
 from rankfit.adapters.names import Trainable
-from rankfit.adapters.robust import Length, geometric_median, krum, length, shortened, usual
+from rankfit.adapters.robust import (
+    Length,
+    agreeing,
+    geometric_median,
+    krum,
+    length,
+    shortened,
+    usual,
+)
 from rankfit.configs.settings import Server
 from rankfit.strategies.replies import Refused
 
@@ -55,7 +63,7 @@ class Screening:
     @property
     def needs_all(self) -> bool:
         """Whether the robust merge chooses among all updates of a round."""
-        return self._server.robust in ("geometric-median", "krum", "multi-krum")
+        return self._server.robust in ("geometric-median", "krum", "multi-krum", "cosine")
 
     def know(self, samples: Mapping[str, int], most: int) -> None:
         """Bound what clients can claim to have.
@@ -171,25 +179,37 @@ class Screening:
         return update
 
     def _weighted(self, updates: Sequence[Update], known: Sequence[bool]) -> list[Judged]:
-        """Updates at their weights: capped, or as the robust merge says."""
+        """Updates at their weights: those that the robust merge chooses, capped, or as it says."""
         if not updates:
             return []
-        if self._server.robust in ("krum", "multi-krum"):
-            hostile = -int(-self._server.robust_share * len(updates) // 1)
-            order = krum(updates, hostile)
-            chosen = set(order[: 1 if self._server.robust == "krum" else len(order) - hostile])
-            left_out = Refused("not chosen", f"{self._server.robust} chose others of the round")
-            return [u if i in chosen else left_out for i, u in enumerate(updates)]
-        self._weights += [update.weight for update in updates]
+        chosen = self._chosen(updates)
+        left_out = Refused("not chosen", f"server.robust={self._server.robust} chose others")
+        judged: list[Judged] = [left_out for _ in updates]
+        self._weights += [updates[place].weight for place in chosen]
         most = largest_weight(self._weights, self._server.max_weight_share)
         capped = [
-            u if sure else replace(u, weight=min(u.weight, most))
-            for u, sure in zip(updates, known, strict=True)
+            updates[p] if known[p] else replace(updates[p], weight=min(updates[p].weight, most))
+            for p in chosen
         ]
         if self._server.robust == "geometric-median" and len(updates) > 2:
             weights = geometric_median(capped)
-            return [replace(u, weight=max(w, 1e-12)) for u, w in zip(capped, weights, strict=True)]
-        return list(capped)
+            capped = [
+                replace(u, weight=max(w, 1e-12)) for u, w in zip(capped, weights, strict=True)
+            ]
+        for place, update in zip(chosen, capped, strict=True):
+            judged[place] = update
+        return judged
+
+    def _chosen(self, updates: Sequence[Update]) -> list[int]:
+        """Places of the updates that are merged, in their order."""
+        robust = self._server.robust
+        if robust == "cosine":
+            return agreeing(updates)
+        if robust not in ("krum", "multi-krum"):
+            return list(range(len(updates)))
+        hostile = -int(-self._server.robust_share * len(updates) // 1)
+        order = krum(updates, hostile)
+        return sorted(order[: 1 if robust == "krum" else len(order) - hostile])
 
     def _remember(self, trainable: Trainable, lengths: Sequence[Length]) -> None:
         self._lengths[trainable] = [*self._lengths.get(trainable, []), *lengths][-REMEMBERED:]

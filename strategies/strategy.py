@@ -292,7 +292,8 @@ class HeterogeneousLora(Strategy):
     def evaluated(self, replies: Iterable[Message]) -> dict[str, float]:
         """Clients' metrics as if their examples lay in one place; what cannot be read is left out.
 
-        See :func:`rankfit.tasks.metrics.pooled`.
+        See :func:`rankfit.tasks.metrics.pooled`. One client has half of the weight at most: its
+        count is a claim. (Of an update it is less: that moves the model.)
         """
         usable: list[Metrics] = []
         for reply in replies:
@@ -302,7 +303,7 @@ class HeterogeneousLora(Strategy):
                 node = reply.metadata.src_node_id
                 log.warning("the evaluation of node %d is left out: %s", node, refused)
         counts = [float(metrics[Metric.NUM_EXAMPLES]) for metrics in usable]
-        most = largest_weight(counts, self.settings.server.max_weight_share)
+        most = largest_weight(counts, max(0.5, self.settings.server.max_weight_share))
         return pooled(at_most(metrics, most) for metrics in usable)
 
     def summary(self) -> None:

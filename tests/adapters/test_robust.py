@@ -12,6 +12,7 @@ from rankfit.adapters.merge import Update
 from rankfit.adapters.product_merges import Refactored
 from rankfit.adapters.robust import (
     Vote,
+    agreeing,
     distances,
     geometric_median,
     grams,
@@ -119,6 +120,27 @@ def test_krum_by_the_scores_of_dense_distances() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_small_rounds_have_an_order_too(count: int) -> None:
     assert sorted(krum([update(i, 2) for i in range(count)], 3)) == list(range(count))
+
+
+def test_those_who_agree_by_the_cosines_of_dense_changes() -> None:
+    ranks = [1, 2, 4, 3, 2, 4, 3]
+    updates = [update(seed // 3, rank, size=1.0 + seed) for seed, rank in enumerate(ranks)]
+    kept = agreeing(updates)
+    changes = [dense(own.given, own.trained).flatten() for own in updates]
+    heads = [(own.trained.head["head"] - own.given.head["head"]).double() for own in updates]
+    whole = []
+    for parts in (changes, heads):
+        apart = [float((x - y).square().sum()) for i, x in enumerate(parts) for y in parts[i + 1 :]]
+        size = torch.tensor(apart).median().sqrt()
+        whole.append(torch.stack(parts).double() / size)
+    stacked = torch.nn.functional.normalize(torch.cat(whole, 1))
+    left = list(range(7))
+    while len(left) > 2:
+        sums = [float(stacked[i] @ (stacked[left].sum(0) - stacked[i])) for i in left]
+        if min(sums) >= 0:
+            break
+        del left[sums.index(min(sums))]
+    assert kept == left and 2 <= len(kept) < 7
 
 
 def test_the_geometric_median_is_where_the_distances_add_up_to_least() -> None:

@@ -131,8 +131,15 @@ def test_samples_that_the_server_knows_count_in_full() -> None:
     assert [one.weight for one in own.judge(updates, "both", known)] == [5000.0] + [20.0] * 5
     own.open()
     judged = own.judge(updates, "both")
-    assert judged[0].weight == pytest.approx(100.0), "as a claim it is half of the round"
+    assert judged[0].weight == pytest.approx(50.0), "as a claim it is a third of the round"
     assert not own.is_known("partition-7") and not screening(most=6000).is_known("partition-0")
+
+
+def test_changes_that_point_against_the_others_are_left_out() -> None:
+    own = screening(robust="cosine")
+    judged = own.judge([update(1.0), update(-2.0, head=-0.1), update(0.5), update(1.5)], "both")
+    assert merged(judged) == [True, False, True, True] and judged[1].kind == "not chosen"
+    assert merged(own.judge([update(1.0), update(-1.0)], "both")) == [True, True], "no majority"
 
 
 @pytest.mark.parametrize("robust", ["krum", "multi-krum", "geometric-median"])
