@@ -1,12 +1,15 @@
 """The commands about memory: `rankfit memory-report` and `rankfit calibrate`."""
 
+import datetime
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from rankfit.cli.estimate import Format, write
 from rankfit.configs.protocol import Metric
@@ -15,16 +18,8 @@ from rankfit.estimator.device_report import DeviceReport
 from rankfit.estimator.plan import Plan
 
 if TYPE_CHECKING:
-    from rankfit.estimator.plan_search import Estimator
-    from rankfit.estimator.trace import Breakdown
-import datetime
-import os
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-
-if TYPE_CHECKING:
     from rankfit.estimator.calibration import Profile
+    from rankfit.estimator.memory import Footprint
 
 
 MIB = 2**20
@@ -38,7 +33,10 @@ def memory_report(
         bool, typer.Option(help="Split each estimate; loads the run's data, but no weights.")
     ] = True,
     measure: Annotated[
-        bool, typer.Option(help="Also measure the components of CPU steps here, on real tensors.")
+        bool,
+        typer.Option(
+            help="Also measure the components here: of any CPU, and of a GPU like this one."
+        ),
     ] = False,
     form: Annotated[Format, typer.Option("--format", help="table, json or latex.")] = Format.TABLE,
 ) -> None:
@@ -100,7 +98,7 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
     """
     # Imported here: the other commands should not wait for torch.
     from rankfit.estimator.memory import remainder_ranks
-    from rankfit.estimator.plan_search import Estimator, inputs_of
+    from rankfit.estimator.plan_search import Estimator, Step, inputs_of
     from rankfit.estimator.tracer import TraceCache
     from rankfit.tasks import load_task
     from rankfit.tasks.base_model import load_config
@@ -122,34 +120,60 @@ def add_components(settings: RunSettings, rows: Sequence[dict[str, Any]], measur
             )  # fmt: skip
         report = DeviceReport.from_dict({"context-bytes": -1, **row["device"]})
         remainders = remainder_ranks(plan.ranks, plan.remainder_rank)
-        split = _estimated(estimators[key], report, plan, remainders)
-        row["components"] = {"estimated": {name: getattr(split, name) for name in _PARTS}}
-        if measure and report.accelerator == "cpu":
-            row["components"]["measured"] = _measured(estimators[key], report, plan, remainders)
+        remainder = remainders if any(remainders.values()) else None
+        footprint = estimators[key].footprint(
+            report, Step.of(plan), plan.ranks, remainder is not None
+        )
+        row["components"] = {"estimated": _estimated(footprint, plan, remainder)}
+        if measure and _is_here(report):
+            row["components"]["measured"] = _measured(footprint, report, plan, remainder)
 
 
 def _estimated(
-    estimator: "Estimator", report: DeviceReport, plan: Plan, remainders: Mapping[str, int]
-) -> "Breakdown":
-    from rankfit.estimator.plan_search import Step
+    footprint: "Footprint", plan: Plan, remainder: Mapping[str, int] | None
+) -> dict[str, int]:
+    """Bytes of the components of a plan's step, by name."""
+    split = footprint.breakdown(plan.ranks, remainder or 0)
+    found = {name: getattr(split, name) for name in _PARTS}
+    if not footprint.reserves:
+        return found
+    reserved = max(replay.reserved for replay in footprint.replays(plan.ranks, remainder or 0))
+    return found | {"unused": reserved - split.total, "context": footprint.calibration.outside}
 
-    step = Step.of(plan)
-    footprint = estimator.footprint(report, step, plan.ranks, any(remainders.values()))
-    return footprint.breakdown(plan.ranks, remainders if any(remainders.values()) else 0)
+
+def _is_here(report: DeviceReport) -> bool:
+    """Whether a step of a client can be measured here: any CPU's, a GPU's on one of its kind."""
+    if report.accelerator == "cpu":
+        return True
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    properties = torch.cuda.get_device_properties(0)
+    return report.compute_capability == f"{properties.major}.{properties.minor}"
 
 
 def _measured(
-    estimator: "Estimator", report: DeviceReport, plan: Plan, remainders: Mapping[str, int]
+    footprint: "Footprint", report: DeviceReport, plan: Plan, remainder: Mapping[str, int] | None
 ) -> dict[str, int]:
     """Bytes of the components of the plan's step, trained here on real tensors."""
     from rankfit.estimator.components import measure_components
-    from rankfit.estimator.plan_search import Step
 
-    step = Step.of(plan)
-    footprint = estimator.footprint(report, step, plan.ranks, any(remainders.values()))
-    return measure_components(
-        footprint.traces[0].spec, plan.ranks, remainders if any(remainders.values()) else None
+    # Of batches with and without padding the estimate is the larger: that one is trained.
+    trace = max(
+        footprint.traces,
+        key=lambda trace: trace.peak_live(
+            plan.ranks, remainder_ranks=remainder or 0, calibration=footprint.calibration
+        ),
     )
+    found = measure_components(trace.spec, plan.ranks, remainder)
+    if report.accelerator == "cuda":
+        from rankfit.client.memory_meter import own_memory
+        from rankfit.tasks.lora import training_device
+
+        context = own_memory(training_device()).context_bytes
+        found["context"] = context if context >= 0 else footprint.calibration.outside
+    return found
 
 
 def _total(row: Mapping[str, Any]) -> tuple[str, ...]:
