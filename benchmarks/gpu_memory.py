@@ -1,14 +1,15 @@
 """The estimator against a GPU: predicted and measured memory, and plans that must hold under a cap.
 
-``python benchmarks/gpu_memory.py`` needs one CUDA GPU, no flwr and no weights, and takes under ten
-minutes. It trains a grid of models × attention × precision × checkpointing × ranks, and some steps
-in fp16, under autocast and with each optimizer (no quantised bases: these need weights), compares
-three peaks with the caching allocator's own statistics: live (``requested_bytes``), blocks
-(``allocated_bytes``) and reserved. Then, in fresh processes whose allocator is capped to 2, 4 and
-8 GiB, the planned rank must train five steps, and the least rank whose live bytes are above the cap
-must run out of memory. It prints tables and writes ``benchmarks/results/gpu_memory.json`` with
-hardware and versions; ``tests/estimator/test_gpu_memory.py`` holds the estimator to that file.
-Without a GPU it says so, writes nothing, and exits with 3.
+``python benchmarks/gpu_memory.py`` needs one CUDA GPU, no flwr and no weights. It trains a grid of
+models × attention × precision × checkpointing × ranks, and some steps in fp16, under autocast and
+with each optimizer (no quantised bases: these need weights), and compares three peaks with the
+caching allocator's own statistics: live (``requested_bytes``), blocks (``allocated_bytes``) and
+reserved. Then, in fresh processes whose allocator is capped to 1, 2, 4 and 8 GiB, the planned rank
+must train 200 steps on texts of random lengths, and the least rank whose live bytes are above the
+cap must run out of memory. It prints tables and writes ``benchmarks/results/gpu_memory.json`` with
+hardware and versions; ``tests/estimator/test_gpu_memory.py`` holds the estimator to that file. On a
+stub GPU (``python -m tests.stub_gpu.gpu STATE python benchmarks/gpu_memory.py --out …``) it takes
+minutes as well. Without a GPU it says so, writes nothing, and exits with 3.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -47,7 +49,7 @@ MIB, GIB = 2**20, 2**30
 OUT = Path(__file__).parent / "results" / "gpu_memory.json"
 NO_GPU = 3
 #: Optimizer steps under a cap.
-STEPS = 5
+STEPS = 200
 TRACES = TraceCache()
 
 
@@ -80,7 +82,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
          "vocab_size": 128256, "tie_word_embeddings": True}, 2, 512,
     ),
 }  # fmt: skip
-CAPS_GIB = (2, 4, 8)
+CAPS_GIB = (1, 2, 4, 8)
 #: The optimizer that needs bitsandbytes, where it is installed.
 EIGHT_BIT = ("adamw-8bit",) if importlib.util.find_spec("bitsandbytes") else ()
 
@@ -174,7 +176,8 @@ def measure(case: Case, *, steps: int = 0, cap_bytes: int | None = None) -> dict
     Parameters
     ----------
     steps : int
-        Optimizer steps at least (0 = the two of the trace).
+        Optimizer steps at least, on texts of random lengths (0 = the two of the trace, at full
+        length).
 
     Raises
     ------
@@ -192,13 +195,27 @@ def measure(case: Case, *, steps: int = 0, cap_bytes: int | None = None) -> dict
     model = real_step(spec, dict.fromkeys(spec.targets, case.rank), device="cuda")
     torch.cuda.empty_cache()  # tying frees weights, whose blocks the step would use again
     torch.cuda.reset_peak_memory_stats()
+    lengths = random.Random(0) if steps else None
     for _ in range(max(1, -(-steps // 2))):
-        run_steps(spec, model, lambda: filled_batch(spec, "cuda"))
+        run_steps(spec, model, lambda: _batch(spec, lengths))
     stats = torch.cuda.memory_stats()
     return {
         "live": stats["requested_bytes.all.peak"],
         "blocks": stats["allocated_bytes.all.peak"],
         "reserved": stats["reserved_bytes.all.peak"],
+    }
+
+
+def _batch(spec: StepSpec, lengths: random.Random | None) -> dict[str, torch.Tensor]:
+    """A batch on the GPU; with ``lengths`` its texts are as long as the longest of a batch is."""
+    batch = filled_batch(spec, "cuda")
+    if lengths is None or "input_ids" not in batch:
+        return batch
+    most = batch["input_ids"].shape[1]
+    longest = lengths.randint(most // 8, most)
+    return {
+        name: tensor[:, :longest].clone() if tensor.ndim > 1 else tensor
+        for name, tensor in batch.items()
     }
 
 
@@ -248,7 +265,7 @@ def capped(model: str, cap_gib: int, capability: str) -> dict[str, Any]:
 
 
 def _fresh(case: Case, rank: int, cap: int) -> bool:
-    """Whether five steps train in a process of their own under a cap."""
+    """Whether :data:`STEPS` steps train in a process of their own under a cap."""
     request = json.dumps({**asdict(case), "rank": rank})
     command = [sys.executable, __file__, "--child", request, "--cap", str(cap)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
