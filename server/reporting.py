@@ -20,7 +20,8 @@ from rich.text import Text
 
 from rankfit.configs.compose import without_places
 from rankfit.configs.protocol import Metric
-from rankfit.configs.settings import RunSettings, to_flat
+from rankfit.configs.settings import Best, RunSettings, to_flat
+from rankfit.server.best import BestRound, where
 from rankfit.strategies.fleet import natural
 from rankfit.strategies.strategy import HeterogeneousLora
 
@@ -191,11 +192,16 @@ def plans(strategy: HeterogeneousLora) -> Table:
     return table
 
 
-def round_line(line: Mapping[str, Any], rounds: int) -> str:
+def round_line(line: Mapping[str, Any], settings: RunSettings) -> str:
     """One round in one line."""
-    parts = [f"round {line['round']}/{rounds}"]
+    parts = [f"round {line['round']}/{settings.run.rounds}"]
     evaluation = line.get("evaluation", {})
     parts += [f"{key} {evaluation[key]:.4f}" for key in ("accuracy", "loss") if key in evaluation]
+    metric = settings.best.metric
+    if metric in line.get("holdout", {}):
+        parts.append(f"holdout {metric} {line['holdout'][metric]:.4f}")
+    if line.get("best") == line["round"]:
+        parts.append("best so far")
     if Metric.TRAIN_LOSS in line:
         parts.append(f"training {line['train-loss']:.4f}")
     ranks = sorted({client["rank"] for client in line["clients"].values()})
@@ -203,6 +209,16 @@ def round_line(line: Mapping[str, Any], rounds: int) -> str:
     parts.append(f"{line['updates']}/{total} at ranks " + ",".join(str(rank) for rank in ranks))
     traffic = (line["upload-bytes"] + line["download-bytes"]) / 1024
     return ", ".join([*parts, f"{traffic:.0f} KiB", f"{line['seconds']:.1f} s"])
+
+
+def stop_line(number: int, settings: RunSettings, best: BestRound) -> str:
+    """Why a run ends before its last round."""
+    rules = settings.best
+    return (
+        f"stopped after round {number} of {settings.run.rounds}: {best.waited} evaluations in a "
+        f"row without a better {rules.metric} on {where(rules)} than {best.value:.4f} of round "
+        f"{best.round} (best.patience {rules.patience})"
+    )
 
 
 def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) -> Table:
@@ -231,7 +247,7 @@ def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) ->
     return table
 
 
-def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
+def closing(path: Path, rounds: Sequence[Mapping[str, Any]], rules: Best, chosen: BestRound) -> str:
     """Best, final and mean of the last evaluations, what was not merged, and where all lies."""
     lines = [
         f"test {score.name}: final {score.final:.4f}, best {score.best:.4f}, "
@@ -245,6 +261,11 @@ def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
         listed = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
         lines.append(f"{few}{done} of {done + dropped} updates were merged; not: {listed}")
     lines.append(f"PEFT adapter: {path / 'checkpoint'}")
+    if chosen.round:
+        lines.append(
+            f"best round: {chosen.round}, {rules.metric} {chosen.value:.4f} on {where(rules)}; "
+            f"its PEFT adapter: {path / 'best'}"
+        )
     lines.append(f"report: {path / 'report.html'}")
     return "\n".join(lines)
 
