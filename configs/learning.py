@@ -104,6 +104,7 @@ _SYNONYMS = {
     "run.rounds": "num-rounds num-server-rounds n-rounds",
     "run.seed": "random-seed random-state",
     "run.directory": "output-dir out-dir save-dir",
+    "run.report-to": "tracker trackers log-with logger",
     "best.metric": "metric-for-best-model monitor load-best-model-at-end",
     "best.mode": "greater-is-better",
     "best.patience": "early-stopping early-stopping-patience",

@@ -54,6 +54,8 @@ __all__ = [
     "to_flat",
 ]
 
+#: Names that ``run.report-to`` takes.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 Scalar = str | int | float | bool
 #: As a node config's ``policy``: whoever runs the process owns the data (client/policy.py).
 OWNER = "owner"
@@ -87,6 +89,20 @@ class Run(Table):
     resume: bool = setting(
         False, "Continue from the checkpoint of an interrupted run of this name."
     )
+    report_to: str = setting(
+        "tensorboard",
+        "Comma-separated trackers that get the figures of each round and client: `tensorboard`, "
+        "`wandb`, `mlflow`, `trackio` (empty = none); see docs/trackers.md.",
+    )
+
+    @model_validator(mode="after")
+    def _known_trackers(self) -> Self:
+        for name in split_list(self.report_to):
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"run.report-to: unknown tracker {name!r}; expected {', '.join(TRACKERS)}"
+                )
+        return self
 
 
 class Best(Table):

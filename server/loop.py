@@ -11,10 +11,8 @@ import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 
 from rankfit.adapters.adapter import Adapter, initial
-from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import RunSettings, derive, split_list
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, inputs_of
@@ -24,6 +22,7 @@ from rankfit.server.best import BestRound, check_metric
 from rankfit.server.evaluation import Evaluator, Importance
 from rankfit.server.reporting import Holdings, console, write_report
 from rankfit.server.run_directory import Checkpoint, RunDirectory, room_for
+from rankfit.server.trackers import Trackers
 from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.methods import configured, find
 from rankfit.strategies.planner import Planner
@@ -138,7 +137,8 @@ def _play_rounds(
     adapter, first = checkpoint.adapter, checkpoint.round + 1
     best = BestRound.of(checkpoint.best)
     known: dict[str, Plan] = {}
-    with SummaryWriter(federation.directory.path / "events", purge_step=first) as events:
+    path, identity = federation.directory.path, strategy.identity
+    with Trackers(settings, path, identity, first) as trackers:
         for number in range(first, settings.run.rounds + 1):
             if best.stops(settings.best):
                 log.info("%s", reporting.stop_line(number - 1, settings, best))
@@ -150,7 +150,8 @@ def _play_rounds(
             line |= {"diagnostics": _finite(strategy.diagnostics)} if strategy.diagnostics else {}
             best = _choose(federation, best, line)
             line["seconds"] = round(time.monotonic() - began, 3)
-            _record(federation, events, adapter, line, best)
+            _record(federation, adapter, line, best)
+            trackers.log(line)
             log.info("%s", reporting.round_line(line, settings))
     return adapter, best
 
@@ -290,11 +291,7 @@ def _evaluate(
 
 
 def _record(
-    federation: Federation,
-    events: SummaryWriter,
-    adapter: Adapter,
-    line: Mapping[str, Any],
-    best: BestRound,
+    federation: Federation, adapter: Adapter, line: Mapping[str, Any], best: BestRound
 ) -> None:
     """Write a round down: its line first, then the checkpoint that makes it final."""
     federation.directory.append_round(line)
@@ -309,20 +306,6 @@ def _record(
         best.state() if federation.settings.best.metric else {},
     )
     federation.directory.save(checkpoint, federation.heads)
-    for key in (
-        Metric.TRAIN_LOSS,
-        "updates",
-        "dropped",
-        "upload-bytes",
-        "download-bytes",
-        "seconds",
-    ):
-        if key in line:
-            events.add_scalar(f"round/{key}", line[key], line["round"])
-    for group in ("evaluation", "holdout", "diagnostics"):
-        for key, value in line.get(group, {}).items():
-            events.add_scalar(f"{group}/{key}", value, line["round"])
-    events.flush()
 
 
 def _note_plans(federation: Federation, known: Mapping[str, Plan], number: int) -> dict[str, Plan]:

@@ -290,7 +290,7 @@ class RunDirectory:
         saved = flatten(tomllib.loads(config.read_text(encoding="utf-8")))
         before = to_flat(RunSettings()) | saved
         free = {"run.resume", "run.rounds", "run.directory", "server.evaluate-batch-size"}
-        free.add("best.patience")
+        free |= {"best.patience", "run.report-to"}
         for key, value in to_flat(self.settings).items():
             if key not in free and before[key] != value:
                 raise ConfigError(
