@@ -20,7 +20,8 @@ from rankfit.estimator.tracer import TraceCache
 from rankfit.server import reporting
 from rankfit.server.best import BestRound, check_metric
 from rankfit.server.evaluation import Evaluator, Importance
-from rankfit.server.reporting import Holdings, console, write_report
+from rankfit.server.report import write_report
+from rankfit.server.reporting import Holdings, console
 from rankfit.server.run_directory import Checkpoint, RunDirectory, room_for
 from rankfit.server.trackers import Trackers
 from rankfit.strategies.fleet import exchange, in_order
