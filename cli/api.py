@@ -71,6 +71,8 @@ def submit(settings: RunSettings, superlink: str | None) -> Path:
 
         for note in check_run(settings):
             log.info("%s", note)
+    if superlink is None:
+        log.info("starting Flower on this machine")
     env = environment(settings.train.threads)
     with app_directory() as app:
         if superlink is not None:

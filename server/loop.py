@@ -102,6 +102,7 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
         log.info("resuming %s after round %d", directory.path, checkpoint.round)
         strategy.restore(checkpoint.strategy, checkpoint.tensors, checkpoint.round)
     strategy.summary()
+    log.info("waiting for clients and planning what each device can train")
     strategy.prepare(grid, 0)  # a fleet that cannot train is refused before anything is written
     if checkpoint is None:
         _check_holdout(federation)
@@ -147,6 +148,8 @@ def _play_rounds(
             began = time.monotonic()
             outgoing = strategy.open_round(number, adapter, grid)
             known = _note_plans(federation, known, number)
+            if number == first:
+                log.info("round %d: %d clients load the model and train", number, len(outgoing))
             adapter, line = play_round(federation, grid, outgoing, number)
             line |= {"diagnostics": _finite(strategy.diagnostics)} if strategy.diagnostics else {}
             best = _choose(federation, best, line)
@@ -154,6 +157,8 @@ def _play_rounds(
             _record(federation, adapter, line, best)
             trackers.log(line)
             log.info("%s", reporting.round_line(line, settings))
+            for text in reporting.client_lines(line, strategy.plans):
+                log.info("%s", text)
     return adapter, best
 
 
@@ -190,6 +195,7 @@ def build(settings: RunSettings) -> Federation:
     """Check and load everything that a run needs, cheapest checks first."""
     method = configured(find(settings.method.name), settings)
     directory = RunDirectory(settings)
+    log.info("loading data %s and model %s", settings.data.source, settings.model.source)
     task = load_task(settings)
     for precision in split_list(settings.plan.precisions):
         lowered = settings.model.at(precision)

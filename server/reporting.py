@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,27 @@ from rich.text import Text
 
 from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import Best, RunSettings
+from rankfit.estimator.plan import Plan
 from rankfit.server.best import BestRound, where
 from rankfit.strategies.fleet import natural
 from rankfit.strategies.strategy import HeterogeneousLora
 
-#: Columns of tables and log lines: Flower's log stream has no terminal to ask.
+#: Columns of tables and log lines where nobody says how wide the user's terminal is.
 WIDTH = 118
+#: A table in fewer columns cannot be read.
+_LEAST_WIDTH = 60
+#: Clients of a round that get a line each.
+_CLIENT_LINES = 16
 
 
 def console() -> Console:
-    """Return a console on standard output, which Flower forwards, of a fixed width."""
-    return Console(width=WIDTH, highlight=False, markup=False)
+    """Return a console on standard output, which Flower forwards.
+
+    It has no terminal to ask: ``rankfit run`` passes the width of the user's on in ``COLUMNS``.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    width = max(int(columns), _LEAST_WIDTH) if columns.isdecimal() else WIDTH
+    return Console(width=width, highlight=False, markup=False)
 
 
 def show_logs() -> None:
@@ -205,6 +216,29 @@ def round_line(line: Mapping[str, Any], settings: RunSettings) -> str:
     parts.append(f"{line['updates']}/{total} at ranks " + ",".join(str(rank) for rank in ranks))
     traffic = (line["upload-bytes"] + line["download-bytes"]) / 1024
     return ", ".join([*parts, f"{traffic:.0f} KiB", f"{line['seconds']:.1f} s"])
+
+
+def client_lines(line: Mapping[str, Any], plans: Mapping[str, Plan]) -> list[str]:
+    """One line for each client of a round: rank, memory used of planned of all, time."""
+    named = sorted(line["clients"], key=natural)
+    lines = [_client_line(name, line["clients"][name], plans.get(name)) for name in named]
+    more = len(lines) - _CLIENT_LINES
+    return lines if more <= 0 else [*lines[:_CLIENT_LINES], f"  and {more} clients more"]
+
+
+def _client_line(name: str, own: Mapping[str, Any], plan: Plan | None) -> str:
+    parts = [f"rank {own['rank']}"]
+    if plan is not None:
+        used = _mib(own[Metric.PEAK_MEMORY_BYTES]) if Metric.PEAK_MEMORY_BYTES in own else "–"
+        parts.append(
+            f"{used} of {_mib(plan.peak_bytes)} MiB planned of {_mib(plan.budget_bytes)} MiB"
+        )
+        parts.append(f"micro-batch {plan.micro_batch} × {plan.accumulation}")
+    if Metric.TRAIN_SECONDS in own:
+        parts.append(f"{own[Metric.TRAIN_SECONDS]:.1f} s")
+    if not own["merged"]:
+        parts.append(f"dropped: {own.get('kind', 'not merged')}")
+    return f"  {name}: " + ", ".join(parts)
 
 
 def stop_line(number: int, settings: RunSettings, best: BestRound) -> str:
