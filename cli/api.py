@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 from rankfit.cli.flower import app_directory, environment, local_superlink, run_app
-from rankfit.cli.preflight import check_run
 from rankfit.configs.compose import compose, from_here, is_local
 from rankfit.configs.settings import ConfigError, RunSettings
 
@@ -67,8 +66,12 @@ def submit(settings: RunSettings, superlink: str | None) -> Path:
             f"`rankfit resume {path}`"
         )
     if superlink is None:
+        # Imported here, as numpy is: `rankfit --help` should not wait for it.
+        from rankfit.cli.preflight import check_run
+
         for note in check_run(settings):
             log.info("%s", note)
+        log.info("starting Flower on this machine")
     env = environment(settings.train.threads)
     with app_directory() as app:
         if superlink is not None:

@@ -21,6 +21,9 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Round = Annotated[
     int | None, typer.Option("--round", help="Round of the checkpoint (default: the newest).")
 ]
+Best = Annotated[
+    bool, typer.Option("--best", help="The checkpoint of the best round by best.metric.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE…]", help="For example task.evaluate=likelihood."),
@@ -31,8 +34,9 @@ def evaluate(
     run: Run,
     overrides: Overrides = None,
     number: Round = None,
+    best: Best = False,
     split: Annotated[
-        str, typer.Option(help="train, test, or another split or file of the data.")
+        str, typer.Option(help="train, test, holdout, or another split or file of the data.")
     ] = "test",
     clients: Annotated[
         bool,
@@ -48,11 +52,11 @@ def evaluate(
     from rankfit.server.run_directory import SavedRun
 
     changes = list(overrides or [])
-    if split not in ("train", "test"):
+    if split not in ("train", "test", "holdout"):
         changes.append(f"data.test={split}")
     if clients:
         changes.append("server.evaluate=clients")
-    saved = SavedRun.open(run, number, changes)
+    saved = SavedRun.open(run, number, changes, best=best)
     found = by_client(saved) if clients else {split: _whole(saved, split)}
     Console(markup=False).print(_table(found, f"{saved.path.name}, round {saved.round}"))
     if output is not None:
@@ -94,7 +98,10 @@ def _whole(saved: "SavedRun", split: str) -> dict[str, float]:
     if saved.settings.head.mode == "local":
         raise ConfigError(f"{saved.path}: every client has its own head; measure with --clients")
     task = saved.task
-    return saved.evaluator().on(saved.adapter, task.train if split == "train" else task.test)
+    if split == "holdout" and not saved.settings.best.held_out:
+        raise ConfigError(f"{saved.path} holds nothing back: it ran without best.metric")
+    parts = {"train": lambda: task.train, "holdout": lambda: task.holdout}
+    return saved.evaluator().on(saved.adapter, parts.get(split, lambda: task.test)())
 
 
 def _table(found: Mapping[str, Figures], title: str) -> Table:
@@ -125,6 +132,7 @@ def export(
     run: Run,
     to: Annotated[Path, typer.Option("--to", help="A new folder.")],
     number: Round = None,
+    best: Best = False,
     merged: Annotated[
         bool, typer.Option("--merged", help="The whole model, with the adapter in its weights.")
     ] = False,
@@ -138,7 +146,7 @@ def export(
     from rankfit.server.export import export as write
     from rankfit.server.run_directory import SavedRun
 
-    saved = SavedRun.open(run, number)
+    saved = SavedRun.open(run, number, best=best)
     own = None
     if client is not None:
         store = ClientStore.of(saved.settings, "heads", client, None, saved.identity)
@@ -154,6 +162,7 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Argument(help="An instruction; - reads it from standard input.")],
     number: Round = None,
+    best: Best = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that are written at most.")
     ] = 128,
@@ -163,7 +172,8 @@ def generate(
     from rankfit.tasks.generation import write
     from rankfit.tasks.language_model import LanguageTask
 
-    saved = SavedRun.open(run, number, [f"task.max-new-tokens={max_new_tokens}"])
+    changes = [f"task.max-new-tokens={max_new_tokens}"]
+    saved = SavedRun.open(run, number, changes, best=best)
     if saved.settings.task.kind != "causal-lm":
         raise ConfigError(
             f"{saved.path} trained {saved.settings.task.kind}; only a causal-lm writes text"

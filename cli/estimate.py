@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +15,6 @@ from rich.table import Table
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError, RunSettings
 from rankfit.estimator.device_report import DeviceReport
-
-if TYPE_CHECKING:
-    from rankfit.estimator.plan_search import Estimator
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from rankfit.estimator.plan_search import Estimator
@@ -376,7 +370,7 @@ def plot_ranks(estimator: "Estimator", report: DeviceReport, path: Path) -> None
     seconds = estimator.settings.plan.upload_seconds or 1.0
     link.set(xlabel="upload (Mbps)", ylabel=f"rank, by {seconds:g} s of upload")
     for name, live in time_line(estimator, report).items():
-        line.plot(np.asarray(live) / MIB, linewidth=0.8, label=name)
+        line.plot([size / MIB for size in live], linewidth=0.8, label=name)
     line.set(xlabel="event of two optimizer steps", ylabel="live bytes (MiB)")
     line.legend()
     for axes in (memory, link, line):
@@ -391,6 +385,8 @@ def rank_by_memory(estimator: "Estimator", report: DeviceReport) -> tuple[list[i
 
     cap, least = estimator.settings.lora.rank, min(estimator.needs(report).values())
     most = estimator.footprint(report, estimator.steps[0]).expected(cap, 0, 2**62)
+    import numpy as np
+
     sizes = np.linspace(0.97 * least, 1.03 * most, POINTS).astype(int).tolist()
     ranks = []
     for size in sizes:
@@ -412,6 +408,8 @@ def rank_by_link(estimator: "Estimator") -> tuple[list[float], list[int]]:
     payload, cap = estimator.payload, estimator.settings.lora.rank
     seconds = estimator.settings.plan.upload_seconds or 1.0
     enough = (payload.head_bytes + cap * payload.bytes_per_rank()) * 8e-6 / seconds
+    import numpy as np
+
     speeds = np.linspace(0, 1.1 * enough, POINTS)[1:].tolist()
     bounds = [payload.upload_bound(seconds, mbps, estimator.phases) or 0 for mbps in speeds]
     return speeds, [min(cap, bound) for bound in bounds]

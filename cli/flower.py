@@ -75,6 +75,8 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _START_SECONDS = 60.0
+#: Colours that Flower and Ray write wherever their lines go.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 #: Without a terminal, a second Ctrl-C within this time stops the run.
 _SECOND_SECONDS = 5.0
 #: In the environment of everything that a simulation starts.
@@ -89,7 +91,12 @@ def environment(threads: int) -> dict[str, str]:
     """Environment of Flower's processes: what is set already wins over the defaults."""
     # OMP_NUM_THREADS must be set before torch is imported: two processes with two threads each
     # are five times slower on two cores than with one.
-    return OFFLINE | {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    own = OFFLINE | {"OMP_NUM_THREADS": str(threads)}
+    if sys.stdout.isatty():
+        own["COLUMNS"] = str(
+            shutil.get_terminal_size().columns
+        )  # the server has no terminal to ask
+    return own | dict(os.environ)
 
 
 def commands_first(env: Mapping[str, str]) -> dict[str, str]:
@@ -257,7 +264,7 @@ def _stream(
             for line in process.stdout:
                 match = re.search(r"Successfully started run (\d+)", line)
                 run_id = match.group(1) if match else run_id  # known before anybody can react to it
-                sys.stdout.write(line)
+                sys.stdout.write(line if sys.stdout.isatty() else _COLOUR.sub("", line))
                 sys.stdout.flush()
             code = process.wait()
         except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -20,24 +21,63 @@ from rankfit.cli.flower import FlowerError, Interrupted
 from rankfit.cli.memory_commands import calibrate, memory_report
 from rankfit.configs.compose import compose, preset_names
 from rankfit.configs.settings import ConfigError
-from rankfit.tasks.model_sources import ModelError
-from rankfit.tasks.records import DataError
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Federated LoRA fine-tuning across machines whose GPUs differ.",
 )
+#: One whole command line for each command, shown below its help.
+EXAMPLES = {
+    "run": "rankfit run quickstart run.name=first run.rounds=5",
+    "resume": "rankfit resume runs/first run.rounds=10",
+    "presets": "rankfit presets",
+    "settings": "rankfit settings quickstart train.epochs=2 > mine.toml",
+    "methods": "rankfit methods",
+    "version": "rankfit version",
+    "compare": "rankfit compare quickstart --methods rankfit,hetlora --seeds 0,1",
+    "probe": "rankfit probe --format json",
+    "estimate": "rankfit estimate quickstart --memory-mib 16",
+    "calibrate": "rankfit calibrate --out calibration.toml",
+    "memory-report": "rankfit memory-report runs/first",
+    "evaluate": "rankfit evaluate runs/first --best --split test",
+    "export": "rankfit export runs/first --best --to adapter",
+    "generate": 'rankfit generate runs/first "Name three fruits."',
+}
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command under a name, with its example."""
+    return app.command(name, epilog=f"Example: {EXAMPLES[name]}")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(epilog=f"Example: {EXAMPLES['run']}")
+def rankfit(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Federated LoRA fine-tuning across machines whose GPUs differ."""
+
+
 app.add_typer(node.app, name="node")
-app.command()(compare)
-app.command()(estimate.probe)
-app.command()(estimate.estimate)
-app.command()(calibrate)
-app.command("memory-report")(memory_report)
-app.command()(evaluate)
-app.command()(export)
-app.command()(generate)
+command("compare")(compare)
+command("probe")(estimate.probe)
+command("estimate")(estimate.estimate)
+command("calibrate")(calibrate)
+command("memory-report")(memory_report)
+command("evaluate")(evaluate)
+command("export")(export)
+command("generate")(generate)
 _errors = Console(stderr=True, markup=False)
 
 Parts = Annotated[
@@ -55,14 +95,14 @@ SuperLink = Annotated[
 ]
 
 
-@app.command()
+@command("run")
 def run(parts: Parts, superlink: SuperLink = None) -> None:
     """Run a federated fine-tune through Flower; exits non-zero when the run failed."""
     path = api.run(*parts, superlink=superlink)
     _errors.print(f"Run directory: {path}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@command("resume")
 def resume(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     overrides: Annotated[
@@ -75,14 +115,14 @@ def resume(
     _errors.print(f"Run directory: {path}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@command("presets")
 def presets() -> None:
     """List the presets that come with RankFit."""
     for name in preset_names():
         typer.echo(name)
 
 
-@app.command()
+@command("settings")
 def settings(
     parts: Annotated[
         list[str] | None, typer.Argument(metavar="[PRESET… KEY=VALUE…]", show_default=False)
@@ -101,7 +141,7 @@ def settings(
         typer.echo(commented(compose(parts or [])), nl=False)
 
 
-@app.command()
+@command("methods")
 def methods() -> None:
     """List the catalogue of methods."""
     from rankfit.strategies.methods import methods as catalogue
@@ -112,7 +152,7 @@ def methods() -> None:
     Console(markup=False).print(table)
 
 
-@app.command()
+@command("version")
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
@@ -127,9 +167,20 @@ def main() -> None:
     except Interrupted as error:
         _errors.print(str(error), highlight=False, soft_wrap=True, markup=False)
         sys.exit(130)
-    except (ConfigError, FlowerError, DataError, ModelError) as error:
+    except Exception as error:
+        if not _can_be_mended(error):
+            raise
         show_error(str(error))
         _exit(1 if isinstance(error, FlowerError) else 2)
+
+
+def _can_be_mended(error: Exception) -> bool:
+    """Whether the user can do something about an error, so that a traceback would only hide it."""
+    # Imported here, as numpy is: `rankfit --help` should not wait for it.
+    from rankfit.tasks.model_sources import ModelError
+    from rankfit.tasks.records import DataError
+
+    return isinstance(error, ConfigError | FlowerError | DataError | ModelError)
 
 
 def _exit(status: int) -> NoReturn:

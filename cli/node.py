@@ -10,7 +10,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rankfit.client.worker_registry import WorkerDir
 
-app = typer.Typer(invoke_without_command=True, help="Workers of this machine's SuperNodes.")
+app = typer.Typer(
+    invoke_without_command=True,
+    help="Workers of this machine's SuperNodes.",
+    epilog="Example: rankfit node --stop-workers",
+)
 
 
 @app.callback()
@@ -41,7 +45,7 @@ def node(
     Console(markup=False).print(table)
 
 
-@app.command()
+@app.command(epilog="Example: rankfit node policy digits --policy policy.toml")
 def policy(
     parts: Annotated[
         list[str],

@@ -54,6 +54,8 @@ __all__ = [
     "to_flat",
 ]
 
+#: Names that ``run.report-to`` takes.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 Scalar = str | int | float | bool
 #: As a node config's ``policy``: whoever runs the process owns the data (client/policy.py).
 OWNER = "owner"
@@ -81,10 +83,65 @@ class Run(Table):
         "SuperLink, on its machine.",
     )
     seed: Count = setting(0, "Every random draw of the run follows from it.")
-    rounds: PositiveInt = setting(20, "Rounds of the whole run.", unit="rounds")
+    rounds: PositiveInt = setting(
+        20, "Rounds of the whole run; with `best.patience`, at most.", unit="rounds"
+    )
     resume: bool = setting(
         False, "Continue from the checkpoint of an interrupted run of this name."
     )
+    report_to: str = setting(
+        "tensorboard",
+        "Comma-separated trackers that get the figures of each round and client: `tensorboard`, "
+        "`wandb`, `mlflow`, `trackio` (empty = none); see docs/trackers.md.",
+    )
+
+    @model_validator(mode="after")
+    def _known_trackers(self) -> Self:
+        for name in split_list(self.report_to):
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"run.report-to: unknown tracker {name!r}; expected {', '.join(TRACKERS)}"
+                )
+        return self
+
+
+class Best(Table):
+    """Which round's adapter is the best, and when a run stops because no better one comes."""
+
+    metric: str = setting(
+        "",
+        "Figure of an evaluation, such as `accuracy` or `loss`, that chooses the best round, whose "
+        "checkpoint is kept (empty = no round is chosen).",
+    )
+    mode: Literal["auto", "max", "min"] = setting(
+        "auto",
+        "Whether the largest or the least figure is best (`auto` = the least of a loss, else the "
+        "largest).",
+    )
+    patience: Count = setting(
+        0,
+        "Evaluations in a row without a better figure after which the run stops (0 = it never "
+        "stops before `run.rounds`).",
+        unit="evaluations",
+    )
+    holdout: Share = setting(
+        0.1,
+        "Share of the training split that the server holds back to measure `best.metric` on, so "
+        "that the test split has no part in the choice (0 = chosen by what `server.evaluate` "
+        "measures).",
+    )
+
+    @property
+    def held_out(self) -> float:
+        """Share of the training split that clients do not get."""
+        return self.holdout if self.metric else 0.0
+
+    @property
+    def least(self) -> bool:
+        """Whether the least figure is the best."""
+        if self.mode == "auto":
+            return self.metric == "loss" or self.metric.endswith("-loss")
+        return self.mode == "min"
 
 
 Form = Literal["lora", "kronecker"]
@@ -424,6 +481,7 @@ class RunSettings(Table):
     """All settings of a run."""
 
     run: Run = Run()
+    best: Best = Best()
     task: Task = Task()
     model: Model = Model()
     data: Data = Data()
@@ -488,6 +546,31 @@ class RunSettings(Table):
                     f"train.autocast {self.train.autocast} with a base in {base.precision} mixes "
                     "two 16-bit types, which torch does not train; make them the same"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _best_can_be_chosen(self) -> Self:
+        best = self.best
+        if best.patience and not best.metric:
+            raise ValueError(
+                f"best.patience {best.patience}: name the figure that must improve in best.metric"
+            )
+        if best.held_out and self.partition.kind == "local":
+            raise ValueError(
+                f"best.holdout {best.holdout}: the nodes hold the data (partition.kind local), so "
+                "the server has none to hold back; set best.holdout to 0 to choose by what "
+                "server.evaluate measures"
+            )
+        if best.metric and not best.holdout and self.server.evaluate == "none":
+            raise ValueError(
+                "best.holdout 0 with server.evaluate none: nothing measures best.metric; set one "
+                "of them"
+            )
+        if best.metric and self.head.mode == "local":
+            raise ValueError(
+                "best.metric with head.mode local: clients keep the heads of their last rounds "
+                "alone, so the best round would lack its heads; leave best.metric empty"
+            )
         return self
 
     def _wrappable(self) -> None:

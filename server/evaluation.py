@@ -48,10 +48,12 @@ class Evaluator:
         """Metrics of a global adapter, of whatever ranks, on the whole test split."""
         return self.on(adapter, self._task.test)
 
-    def on(self, adapter: Adapter, split: Split) -> dict[str, float]:
-        """Metrics of a global adapter on a whole split."""
+    def on(
+        self, adapter: Adapter, split: Split, rows: Sequence[int] | None = None
+    ) -> dict[str, float]:
+        """Metrics of a global adapter on a split, or on some rows of it."""
         model = self.hold(adapter)
-        rows = range(len(split))
+        rows = range(len(split)) if rows is None else rows
         try:
             return self._task.evaluate(model, split, rows, self.device, self._batch_size)
         finally:

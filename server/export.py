@@ -1,6 +1,5 @@
 """A checkpoint for use elsewhere: PEFT's folder, or a merged model, with a model card."""
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from rankfit.adapters.adapter import Adapter
 from rankfit.configs.compose import without_places
 from rankfit.configs.settings import ConfigError, to_flat
 from rankfit.server import reporting as summary
+from rankfit.server.report import versions
 from rankfit.server.run_directory import SavedRun, write_adapter
 from rankfit.tasks.base_model import head_modules, load_base, shared_heads
 from rankfit.tasks.kronecker import expanded, unwrap
@@ -25,7 +25,6 @@ _AUTO = {
     "text-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
 }
-_PACKAGES = ("rankfit", "torch", "transformers", "peft", "flwr")
 
 
 def text(run: SavedRun, *, merged: bool) -> str:
@@ -74,7 +73,7 @@ def text(run: SavedRun, *, merged: bool) -> str:
         *(f"{key} = {_toml(value)}" for key, value in to_flat(settings).items()),
         "```",
         "",
-        "Written with " + ", ".join(_versions()) + ".",
+        "Written with " + ", ".join(versions()) + ".",
         "",
     ]
     return "\n".join(parts)
@@ -162,16 +161,6 @@ def _toml(value: str | int | float | bool) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-def _versions() -> list[str]:
-    found = []
-    for name in _PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 #: Folder of the base inside an exported one.

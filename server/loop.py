@@ -11,18 +11,19 @@ import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 
 from rankfit.adapters.adapter import Adapter, initial
-from rankfit.configs.protocol import Metric
 from rankfit.configs.settings import RunSettings, derive, split_list
 from rankfit.estimator.plan import Plan
 from rankfit.estimator.plan_search import Estimator, inputs_of
 from rankfit.estimator.tracer import TraceCache
 from rankfit.server import reporting
+from rankfit.server.best import BestRound, check_metric
 from rankfit.server.evaluation import Evaluator, Importance
-from rankfit.server.reporting import Holdings, console, write_report
+from rankfit.server.report import write_report
+from rankfit.server.reporting import Holdings, console
 from rankfit.server.run_directory import Checkpoint, RunDirectory, room_for
+from rankfit.server.trackers import Trackers
 from rankfit.strategies.fleet import exchange, in_order
 from rankfit.strategies.methods import configured, find
 from rankfit.strategies.planner import Planner
@@ -101,7 +102,10 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
         log.info("resuming %s after round %d", directory.path, checkpoint.round)
         strategy.restore(checkpoint.strategy, checkpoint.tensors, checkpoint.round)
     strategy.summary()
+    log.info("waiting for clients and planning what each device can train")
     strategy.prepare(grid, 0)  # a fleet that cannot train is refused before anything is written
+    if checkpoint is None:
+        _check_holdout(federation)
     holdings = who_holds_what(federation)
     directory.create()
     if federation.data is not None:
@@ -113,35 +117,85 @@ def _play(federation: Federation, grid: Grid) -> Adapter:
         holdings.save(directory.path)
     if checkpoint is None:
         checkpoint = _round_zero(federation)
-    adapter, first = checkpoint.adapter, checkpoint.round + 1
-    known: dict[str, Plan] = {}
-    with SummaryWriter(directory.path / "events", purge_step=first) as events:
-        for number in range(first, settings.run.rounds + 1):
-            began = time.monotonic()
-            outgoing = strategy.open_round(number, adapter, grid)
-            known = _note_plans(federation, known, number)
-            adapter, line = play_round(federation, grid, outgoing, number)
-            line |= {"diagnostics": _finite(strategy.diagnostics)} if strategy.diagnostics else {}
-            line["seconds"] = round(time.monotonic() - began, 3)
-            _record(federation, events, adapter, line)
-            log.info("%s", reporting.round_line(line, settings.run.rounds))
+    adapter, best = _play_rounds(federation, grid, checkpoint)
     rounds = directory.rounds()
     write_report(directory.path, settings, rounds)
     console().print(reporting.results(strategy, rounds))
     if not reporting.merged(rounds):
         faults = ", ".join(f"{count} × {kind}" for kind, count in reporting.faults(rounds).items())
         raise RunFailed(
-            f"not one update was merged in {settings.run.rounds} rounds ({faults or 'none came'}); "
+            f"not one update was merged in {rounds[-1]['round']} rounds ({faults or 'none came'}); "
             f"the adapter is that of the start. What each client said: {directory.path}/report.html"
         )
-    console().print(reporting.closing(directory.path, rounds), markup=False)
+    console().print(reporting.closing(directory.path, rounds, settings.best, best), markup=False)
     return adapter
+
+
+def _play_rounds(
+    federation: Federation, grid: Grid, checkpoint: Checkpoint
+) -> tuple[Adapter, BestRound]:
+    """Play the rounds after a checkpoint; return the last adapter and which round was best."""
+    settings, strategy = federation.settings, federation.strategy
+    adapter, first = checkpoint.adapter, checkpoint.round + 1
+    best = BestRound.of(checkpoint.best)
+    known: dict[str, Plan] = {}
+    path, identity = federation.directory.path, strategy.identity
+    with Trackers(settings, path, identity, first) as trackers:
+        for number in range(first, settings.run.rounds + 1):
+            if best.stops(settings.best):
+                log.info("%s", reporting.stop_line(number - 1, settings, best))
+                break
+            began = time.monotonic()
+            outgoing = strategy.open_round(number, adapter, grid)
+            known = _note_plans(federation, known, number)
+            if number == first:
+                log.info("round %d: %d clients load the model and train", number, len(outgoing))
+            adapter, line = play_round(federation, grid, outgoing, number)
+            line |= {"diagnostics": _finite(strategy.diagnostics)} if strategy.diagnostics else {}
+            best = _choose(federation, best, line)
+            line["seconds"] = round(time.monotonic() - began, 3)
+            _record(federation, adapter, line, best)
+            trackers.log(line)
+            log.info("%s", reporting.round_line(line, settings))
+            for text in reporting.client_lines(line, strategy.plans):
+                log.info("%s", text)
+    return adapter, best
+
+
+def _choose(federation: Federation, best: BestRound, line: dict[str, Any]) -> BestRound:
+    """Compare a round with the best so far, and note in its line which is best now."""
+    rules = federation.settings.best
+    figures = line.get("holdout" if rules.holdout else "evaluation")
+    if not rules.metric or figures is None:
+        return best
+    if figures and not best.round and rules.metric not in figures:
+        log.warning(
+            "round %d gave no %s to choose the best round by, but %s",
+            line["round"], rules.metric, ", ".join(sorted(figures)),
+        )  # fmt: skip
+    best = best.after(line["round"], figures, rules)
+    line["best"] = best.round
+    return best
+
+
+def _check_holdout(federation: Federation) -> None:
+    """Measure one batch of the holdout, so that a metric there is not is refused in time."""
+    settings, evaluator = federation.settings, federation.evaluator
+    if settings.best.held_out and federation.data is not None:
+        rows = range(min(len(federation.data.holdout), settings.server.evaluate_batch_size))
+        figures = evaluator.on(federation.start, federation.data.holdout, rows)
+        check_metric(settings.best, figures)
+        log.info(
+            "the server holds %d training examples back, to choose the best round by their %s",
+            len(federation.data.holdout), settings.best.metric,
+        )  # fmt: skip
 
 
 def build(settings: RunSettings) -> Federation:
     """Check and load everything that a run needs, cheapest checks first."""
     method = configured(find(settings.method.name), settings)
     directory = RunDirectory(settings)
+    log.info("loading data %s and model %s", settings.data.source, settings.model.source)
     task = load_task(settings)
     for precision in split_list(settings.plan.precisions):
         lowered = settings.model.at(precision)
@@ -211,6 +265,9 @@ def play_round(
         if settings.server.average and settings.server.evaluate_unaveraged:
             below = _evaluate(federation, grid, strategy.unaveraged(adapter), number)
             line["evaluation"] |= {f"unaveraged-{name}": value for name, value in below.items()}
+        if settings.best.held_out and federation.data is not None:
+            measured = federation.evaluator.on(strategy.exported(adapter), federation.data.holdout)
+            line["holdout"] = _finite(measured)
     line["clients"] = {outcome.client: _client_line(outcome) for outcome in outcomes}
     return adapter, line
 
@@ -241,7 +298,7 @@ def _evaluate(
 
 
 def _record(
-    federation: Federation, events: SummaryWriter, adapter: Adapter, line: Mapping[str, Any]
+    federation: Federation, adapter: Adapter, line: Mapping[str, Any], best: BestRound
 ) -> None:
     """Write a round down: its line first, then the checkpoint that makes it final."""
     federation.directory.append_round(line)
@@ -253,22 +310,9 @@ def _record(
         strategy.state(),
         strategy.tensors(),
         None if exported is adapter else exported,
+        best.state() if federation.settings.best.metric else {},
     )
     federation.directory.save(checkpoint, federation.heads)
-    for key in (
-        Metric.TRAIN_LOSS,
-        "updates",
-        "dropped",
-        "upload-bytes",
-        "download-bytes",
-        "seconds",
-    ):
-        if key in line:
-            events.add_scalar(f"round/{key}", line[key], line["round"])
-    for group in ("evaluation", "diagnostics"):
-        for key, value in line.get(group, {}).items():
-            events.add_scalar(f"{group}/{key}", value, line["round"])
-    events.flush()
 
 
 def _note_plans(federation: Federation, known: Mapping[str, Plan], number: int) -> dict[str, Plan]:

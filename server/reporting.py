@@ -1,36 +1,44 @@
-"""What a run came to: figures from ``rounds.jsonl``, the console, and ``report.html``."""
+"""What a run came to: figures from ``rounds.jsonl``, and the console."""
 
-import io
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from rankfit.configs.compose import without_places
 from rankfit.configs.protocol import Metric
-from rankfit.configs.settings import RunSettings, to_flat
+from rankfit.configs.settings import Best, RunSettings
+from rankfit.estimator.plan import Plan
+from rankfit.server.best import BestRound, where
 from rankfit.strategies.fleet import natural
 from rankfit.strategies.strategy import HeterogeneousLora
 
-#: Columns of tables and log lines: Flower's log stream has no terminal to ask.
+#: Columns of tables and log lines where nobody says how wide the user's terminal is.
 WIDTH = 118
+#: A table in fewer columns cannot be read.
+_LEAST_WIDTH = 60
+#: Clients of a round that get a line each.
+_CLIENT_LINES = 16
 
 
 def console() -> Console:
-    """Return a console on standard output, which Flower forwards, of a fixed width."""
-    return Console(width=WIDTH, highlight=False, markup=False)
+    """Return a console on standard output, which Flower forwards.
+
+    It has no terminal to ask: ``rankfit run`` passes the width of the user's on in ``COLUMNS``.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    width = max(int(columns), _LEAST_WIDTH) if columns.isdecimal() else WIDTH
+    return Console(width=width, highlight=False, markup=False)
 
 
 def show_logs() -> None:
@@ -191,11 +199,16 @@ def plans(strategy: HeterogeneousLora) -> Table:
     return table
 
 
-def round_line(line: Mapping[str, Any], rounds: int) -> str:
+def round_line(line: Mapping[str, Any], settings: RunSettings) -> str:
     """One round in one line."""
-    parts = [f"round {line['round']}/{rounds}"]
+    parts = [f"round {line['round']}/{settings.run.rounds}"]
     evaluation = line.get("evaluation", {})
     parts += [f"{key} {evaluation[key]:.4f}" for key in ("accuracy", "loss") if key in evaluation]
+    metric = settings.best.metric
+    if metric in line.get("holdout", {}):
+        parts.append(f"holdout {metric} {line['holdout'][metric]:.4f}")
+    if line.get("best") == line["round"]:
+        parts.append("best so far")
     if Metric.TRAIN_LOSS in line:
         parts.append(f"training {line['train-loss']:.4f}")
     ranks = sorted({client["rank"] for client in line["clients"].values()})
@@ -203,6 +216,39 @@ def round_line(line: Mapping[str, Any], rounds: int) -> str:
     parts.append(f"{line['updates']}/{total} at ranks " + ",".join(str(rank) for rank in ranks))
     traffic = (line["upload-bytes"] + line["download-bytes"]) / 1024
     return ", ".join([*parts, f"{traffic:.0f} KiB", f"{line['seconds']:.1f} s"])
+
+
+def client_lines(line: Mapping[str, Any], plans: Mapping[str, Plan]) -> list[str]:
+    """One line for each client of a round: rank, memory used of planned of all, time."""
+    named = sorted(line["clients"], key=natural)
+    lines = [_client_line(name, line["clients"][name], plans.get(name)) for name in named]
+    more = len(lines) - _CLIENT_LINES
+    return lines if more <= 0 else [*lines[:_CLIENT_LINES], f"  and {more} clients more"]
+
+
+def _client_line(name: str, own: Mapping[str, Any], plan: Plan | None) -> str:
+    parts = [f"rank {own['rank']}"]
+    if plan is not None:
+        used = _mib(own[Metric.PEAK_MEMORY_BYTES]) if Metric.PEAK_MEMORY_BYTES in own else "–"
+        parts.append(
+            f"{used} of {_mib(plan.peak_bytes)} MiB planned of {_mib(plan.budget_bytes)} MiB"
+        )
+        parts.append(f"micro-batch {plan.micro_batch} × {plan.accumulation}")
+    if Metric.TRAIN_SECONDS in own:
+        parts.append(f"{own[Metric.TRAIN_SECONDS]:.1f} s")
+    if not own["merged"]:
+        parts.append(f"dropped: {own.get('kind', 'not merged')}")
+    return f"  {name}: " + ", ".join(parts)
+
+
+def stop_line(number: int, settings: RunSettings, best: BestRound) -> str:
+    """Why a run ends before its last round."""
+    rules = settings.best
+    return (
+        f"stopped after round {number} of {settings.run.rounds}: {best.waited} evaluations in a "
+        f"row without a better {rules.metric} on {where(rules)} than {best.value:.4f} of round "
+        f"{best.round} (best.patience {rules.patience})"
+    )
 
 
 def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) -> Table:
@@ -231,7 +277,7 @@ def results(strategy: HeterogeneousLora, rounds: Sequence[Mapping[str, Any]]) ->
     return table
 
 
-def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
+def closing(path: Path, rounds: Sequence[Mapping[str, Any]], rules: Best, chosen: BestRound) -> str:
     """Best, final and mean of the last evaluations, what was not merged, and where all lies."""
     lines = [
         f"test {score.name}: final {score.final:.4f}, best {score.best:.4f}, "
@@ -245,6 +291,11 @@ def closing(path: Path, rounds: Sequence[Mapping[str, Any]]) -> str:
         listed = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
         lines.append(f"{few}{done} of {done + dropped} updates were merged; not: {listed}")
     lines.append(f"PEFT adapter: {path / 'checkpoint'}")
+    if chosen.round:
+        lines.append(
+            f"best round: {chosen.round}, {rules.metric} {chosen.value:.4f} on {where(rules)}; "
+            f"its PEFT adapter: {path / 'best'}"
+        )
     lines.append(f"report: {path / 'report.html'}")
     return "\n".join(lines)
 
@@ -346,123 +397,3 @@ class Holdings:
         if len(names) > 1:
             figure.legend(loc="outside right upper", fontsize="small")
         figure.savefig(file)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ name }} – RankFit</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; }
-svg { max-width: 100%; height: auto; } .dropped { color: #b00; }
-</style></head><body>
-<h1>{{ name }}</h1>
-<p>Method <b>{{ settings["method.name"] }}</b>, model {{ settings["model.source"] }}, data
-{{ settings["data.source"] }}, {{ rounds }} rounds, {{ mib }} MiB of adapters sent and received.</p>
-{% if scores %}<table><tr><th>test</th><th>final</th><th>best</th><th>mean of last 10</th></tr>
-{% for s in scores %}
-<tr><td>{{ s.name }}</td><td>{{ "%.4f"|format(s.final) }}</td><td>{{ "%.4f"|format(s.best) }}</td>
-<td>{{ "%.4f"|format(s.mean_of_last) }}</td></tr>{% endfor %}</table>{% endif %}
-{% for plot in plots %}{{ plot }}{% endfor %}
-<h2>Clients</h2>
-<table><tr><th>client</th><th>rank</th><th>rounds</th><th>dropped</th><th>samples</th>
-<th>expected peak MiB</th><th>measured peak MiB</th><th>kept free MiB</th><th>train s</th></tr>
-{% for c in clients %}<tr><td>{{ c.client }}</td><td>{{ c.ranks }}</td><td>{{ c.rounds }}</td>
-<td>{{ c.dropped }}</td><td>{{ c.samples }}</td>
-<td>{{ "%.2f"|format(c.expected_bytes / mebi) }}</td>
-<td>{{ "%.2f"|format(c.peak_bytes / mebi) }}</td>
-<td>{{ "%.2f"|format(c.kept_free_bytes / mebi) }}</td>
-<td>{{ "%.1f"|format(c.seconds) }}</td></tr>{% endfor %}</table>
-{% if holdings %}<h2>What clients hold</h2>
-<table><tr><th>client</th><th>examples</th><th>classes held</th><th>most frequent class</th>
-<th>tokens, median</th><th>tokens, longest</th></tr>
-{% for h in holdings %}<tr><td>{{ h.client }}</td><td>{{ h.samples }}</td><td>{{ h.held }}</td>
-<td>{{ h.most }}</td><td>{{ h.median }}</td><td>{{ h.longest }}</td></tr>
-{% endfor %}</table>{% endif %}
-{% if drops %}<h2>Updates that were dropped</h2>
-<ul>{% for d in drops %}<li class="dropped">round {{ d[0] }}, {{ d[1] }}: {{ d[2] }}</li>
-{% endfor %}</ul>{% endif %}
-<h2>Settings</h2>
-<table>{% for key, value in settings.items() %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
-{% endfor %}</table></body></html>
-"""
-
-
-def write_report(folder: Path, settings: RunSettings, rounds: Sequence[Line]) -> Path:
-    """Write the report of a run from the lines of ``rounds.jsonl``."""
-    sent = traffic(rounds)
-    page = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    text = page.render(
-        name=settings.run.name,
-        settings=to_flat(without_places(settings)),
-        rounds=max((line["round"] for line in rounds), default=0),
-        mib=f"{sent[-1][1] / MIB:.2f}" if sent else "0",
-        scores=scores(rounds),
-        plots=[Markup(plot) for plot in _plots(rounds)],
-        clients=clients(rounds),
-        mebi=MIB,
-        drops=drops(rounds),
-        holdings=_balance(folder / PARTITION),
-    )
-    file = folder / "report.html"
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
-def _balance(file: Path) -> list[dict[str, Any]]:
-    """What each client holds, of a run that divides one data set; [] of other runs."""
-    if not file.is_file():
-        return []
-    record = json.loads(file.read_text(encoding="utf-8"))
-    names = record["classes"] if any(record["classes"]) else []
-    rows = []
-    for own in record["clients"]:
-        counts, lengths = own["counts"], own.get("lengths", {})
-        top = int(np.argmax(counts)) if names and own["samples"] else -1
-        rows.append(
-            {
-                "client": f"partition-{own['partition']}",
-                "samples": own["samples"],
-                "held": sum(count > 0 for count in counts) if names else "–",
-                "most": f"{names[top]} ({counts[top] / own['samples']:.0%})" if top >= 0 else "–",
-                "median": lengths.get("median", "–"),
-                "longest": lengths.get("longest", "–"),
-            }
-        )
-    return rows
-
-
-def _plots(rounds: Sequence[Line]) -> list[str]:
-    """Draw evaluation over rounds and over bytes, and the training loss, as inline SVG."""
-    measured = [line for line in rounds if line.get("evaluation")]
-    sent = dict(traffic(rounds))
-    plots = []
-    names = [n for n in ("accuracy", "macro-f1") if measured and n in measured[-1]["evaluation"]]
-    for label, position in (
-        ("round", lambda line: line["round"]),
-        ("MiB of adapters sent and received", lambda line: sent[line["round"]] / MIB),
-    ):
-        series = {n: [(position(line), line["evaluation"][n]) for line in measured] for n in names}
-        plots += [_line_plot(series, label, "test")] if series else []
-    losses = [
-        (line["round"], line[Metric.TRAIN_LOSS]) for line in rounds if Metric.TRAIN_LOSS in line
-    ]
-    plots += [_line_plot({Metric.TRAIN_LOSS: losses}, "round", "training loss")] if losses else []
-    return plots
-
-
-def _line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    for name, points in series.items():
-        axes.plot(*zip(*points, strict=True), label=name)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    out = io.StringIO()
-    figure.savefig(out, format="svg")
-    text = out.getvalue()
-    return text[text.index("<svg") :]

@@ -39,6 +39,8 @@ KEPT = 2
 #: PEFT's file names.
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE = "run_state.json"
+#: Link to the checkpoint of the best round.
+BEST = "best"
 #: Checksums of the other files, for `sha256sum -c`.
 SUMS = "SHA256SUMS"
 #: Tensors of the strategy's state, and the adapter where another one is exported.
@@ -73,6 +75,8 @@ class Checkpoint:
     exported : Adapter or None
         What is saved for use in the adapter's place (a moving average, or with what was folded
         into the base); None = the adapter itself.
+    best : Mapping
+        State of the best round so far (``BestRound``); {} where none is chosen.
     """
 
     round: int
@@ -80,6 +84,7 @@ class Checkpoint:
     strategy: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     exported: Adapter | None = None
+    best: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RunDirectory:
@@ -189,6 +194,7 @@ class RunDirectory:
         if tensors:
             save_file({n: t.contiguous().clone() for n, t in tensors.items()}, partial / TENSORS)
         state = {"round": checkpoint.round, "scale": checkpoint.adapter.scale, "sums": SUMS}
+        state |= {"best": checkpoint.best} if checkpoint.best else {}
         (partial / STATE).write_text(
             json.dumps(state | {"strategy": checkpoint.strategy}, indent=1), encoding="utf-8"
         )
@@ -200,9 +206,14 @@ class RunDirectory:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _flush(folder)
-        self._link(final)
-        for old in kept_rounds(self.path)[KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._link("checkpoint", final)
+        self._link_best(checkpoint.best)
+        rounds = kept_rounds(self.path)
+        # Also the best round of the older one, to which a run goes back if the newest is damaged.
+        best = {_best_folder(self.path, _state(folder).get("best", {})) for folder in rounds[:KEPT]}
+        for old in rounds[KEPT:]:
+            if old not in best:
+                shutil.rmtree(old, ignore_errors=True)
         return final
 
     def load(self) -> Checkpoint | None:
@@ -234,20 +245,31 @@ class RunDirectory:
             return None
         tensors = load_file(folder / TENSORS) if (folder / TENSORS).exists() else {}
         own = {n.removeprefix(_OWN): t for n, t in tensors.items() if n.startswith(_OWN)}
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = _state(folder)
         adapter = Adapter.from_state_dict(own or load_file(folder / WEIGHTS), state["scale"])
         with _storing(self.path):
             self._truncate(state["round"])
-            self._link(folder)
+            self._link("checkpoint", folder)
+            self._link_best(state.get("best", {}))
         kept = {n: t for n, t in tensors.items() if not n.startswith(_OWN)}
-        return Checkpoint(state["round"], adapter, state["strategy"], kept)
+        return Checkpoint(
+            state["round"], adapter, state["strategy"], kept, best=state.get("best", {})
+        )
 
-    def _link(self, target: Path) -> None:
-        """Point ``checkpoint`` at a folder in one step."""
-        fresh = self.path / ".checkpoint.new"
+    def _link_best(self, best: Mapping[str, Any]) -> None:
+        """Point ``best`` at the best round so far, where one is chosen."""
+        folder = _best_folder(self.path, best)
+        if folder is None:
+            (self.path / BEST).unlink(missing_ok=True)
+        else:
+            self._link(BEST, folder)
+
+    def _link(self, name: str, target: Path) -> None:
+        """Point a name in the run directory at a folder in one step."""
+        fresh = self.path / f".{name}.new"
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(target.relative_to(self.path), target_is_directory=True)
-        os.replace(fresh, self.path / "checkpoint")
+        os.replace(fresh, self.path / name)
         _flush(self.path)
 
     def _truncate(self, last_round: int) -> None:
@@ -268,6 +290,7 @@ class RunDirectory:
         saved = flatten(tomllib.loads(config.read_text(encoding="utf-8")))
         before = to_flat(RunSettings()) | saved
         free = {"run.resume", "run.rounds", "run.directory", "server.evaluate-batch-size"}
+        free |= {"best.patience", "run.report-to"}
         for key, value in to_flat(self.settings).items():
             if key not in free and before[key] != value:
                 raise ConfigError(
@@ -290,6 +313,20 @@ def newest_whole(path: Path) -> Path | None:
             return folder
         log.warning("checkpoint %s is damaged (%s): going back to the one before", folder, wrong)
     return None
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors; {} where that cannot be read."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _best_folder(path: Path, best: Mapping[str, Any]) -> Path | None:
+    """Checkpoint of the best round; None where none is chosen yet."""
+    return path / "checkpoints" / f"round-{best['round']:05d}" if best.get("round") else None
 
 
 def damage(folder: Path) -> str:
@@ -422,6 +459,18 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _best_number(path: Path, newest: Path | None, number: int | None) -> int:
+    """Round that the newest checkpoint calls the best."""
+    if number is not None:
+        raise ConfigError(f"round {number} and the best one: name one of them")
+    best = _state(newest).get("best", {}) if newest else {}
+    if not best.get("round"):
+        raise ConfigError(
+            f"{path} has no best round: it ran without best.metric, or no round gave that figure"
+        )
+    return int(best["round"])
+
+
 @dataclass(frozen=True)
 class SavedRun:
     """A run that was trained.
@@ -448,7 +497,12 @@ class SavedRun:
 
     @classmethod
     def open(
-        cls, directory: Path, number: int | None = None, overrides: Sequence[str] = ()
+        cls,
+        directory: Path,
+        number: int | None = None,
+        overrides: Sequence[str] = (),
+        *,
+        best: bool = False,
     ) -> "SavedRun":
         """Read a run.
 
@@ -458,6 +512,8 @@ class SavedRun:
             Round of the checkpoint (None = the newest).
         overrides : sequence of str
             ``table.key=value`` over the run's settings.
+        best : bool
+            The best round by ``best.metric``, in place of a number.
 
         Raises
         ------
@@ -470,6 +526,8 @@ class SavedRun:
         place = [f"run.directory={path.parent}", f"run.name={path.name}"]
         settings = compose([str(path / "config.toml"), *place, *overrides])
         folder = newest_whole(path)
+        if best:
+            number = _best_number(path, folder, number)
         if number is not None:
             folder = path / "checkpoints" / f"round-{number:05d}"
         if folder is None or damage(folder):
@@ -478,7 +536,7 @@ class SavedRun:
                 f"{path} has no whole checkpoint{'' if number is None else f' of round {number}'}; "
                 f"there are: {', '.join(kept) or 'none'}"
             )
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = _state(folder)
         adapter = Adapter.from_state_dict(load_file(folder / WEIGHTS), state["scale"])
         identity = state["strategy"].get("identity", "")
         return cls(path, settings, state["round"], adapter, identity)

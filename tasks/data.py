@@ -100,11 +100,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test set over the same classes."""
+    """A training and a test set over the same classes.
+
+    ``holdout`` is taken from the training set, to choose the best round by; empty where none is.
+    """
 
     train: Examples
     test: Examples
     class_names: tuple[str, ...]
+    holdout: Examples
 
 
 def known_labels(settings: RunSettings) -> int | None:
@@ -157,12 +161,20 @@ def read_data(
     elif data_path is not None and settings.server.evaluate != "clients":
         test_set = _select(train_set, np.arange(0))
     else:
-        train_set, test_set = _hold_out(train_set, settings)
+        fraction = settings.data.test_fraction
+        train_set, test_set = _hold_out(
+            train_set, settings, "data.test-fraction", fraction, "hold-out"
+        )
+    holdout = _select(train_set, np.arange(0))
+    if settings.best.held_out and data_path is None:  # a node trains on all of its own files
+        share = settings.best.held_out
+        train_set, holdout = _hold_out(train_set, settings, "best.holdout", share, "best-holdout")
     kept = names[: settings.data.classes] if settings.data.classes else names
     return Dataset(
         _draw(train_set, settings.data.train_samples, derive(settings.run.seed, "train-samples")),
         _draw(test_set, settings.data.test_samples, derive(settings.run.seed, "test-samples")),
         kept,
+        holdout,
     )
 
 
@@ -306,22 +318,24 @@ def _select(examples: Examples, rows: NDArray[np.int64]) -> Examples:
     )
 
 
-def _hold_out(examples: Examples, settings: RunSettings) -> tuple[Examples, Examples]:
+def _hold_out(
+    examples: Examples, settings: RunSettings, key: str, fraction: float, purpose: str
+) -> tuple[Examples, Examples]:
+    """Cut the share that the setting ``key`` asks for off a set, drawn for one purpose."""
     from sklearn.model_selection import train_test_split
 
-    fraction = settings.data.test_fraction
     try:
         train, test = train_test_split(
             np.arange(len(examples)),
             test_size=fraction,
-            random_state=derive(settings.run.seed, "hold-out") % 2**32,
+            random_state=derive(settings.run.seed, purpose) % 2**32,
             stratify=examples.labels if _classifies(settings) else None,
         )
     except ValueError as error:
         raise DataError(
-            f"data.test-fraction {fraction}: {len(examples)} examples of "
+            f"{key} {fraction}: {len(examples)} examples of "
             f"{len(np.unique(examples.labels))} classes cannot be split with every class on both "
-            f"sides ({error}); give a test set, more examples, or another fraction",
+            f"sides ({error}); give more examples, or set another share",
             fault="data-split",
         ) from error
     return _select(examples, np.sort(train)), _select(examples, np.sort(test))

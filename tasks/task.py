@@ -166,6 +166,11 @@ class Task(ABC):
         """The test set; empty for a node's own files that hold none, unless clients evaluate."""
         return self._split(self._numbered(self._data.test))
 
+    @cached_property
+    def holdout(self) -> Split:
+        """What the server holds back of the training set to choose the best round by."""
+        return self._split(self._numbered(self._data.holdout))
+
     def _numbered(self, examples: Examples) -> Examples:
         """The same examples with the model's ids in place of the data's."""
         if not self._own_classes:

@@ -27,11 +27,11 @@ def example(heading: str) -> dict[str, Any]:
 
 
 def test_a_setting() -> None:
-    stop = example("Add a setting")["Stop"]
-    own = Setting.of("stop", "patience", stop.model_fields["patience"])
-    assert (own.key, own.form()) == ("stop.patience", "whole number ≥ 0, in rounds")
+    pause = example("Add a setting")["Pause"]
+    own = Setting.of("pause", "every", pause.model_fields["every"])
+    assert (own.key, own.form()) == ("pause.every", "whole number ≥ 0, in rounds")
     with pytest.raises(ValueError, match="greater than or equal to 0"):
-        stop(patience=-1)
+        pause(every=-1)
 
 
 def test_a_task() -> None:

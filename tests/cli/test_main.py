@@ -1,15 +1,21 @@
 """The command: one line for an error that a user can mend, and what it gives to Flower."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from rich.table import Table
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from rankfit import __version__
 from rankfit.cli import api
 from rankfit.cli.flower import (
     FlowerError,
@@ -18,10 +24,12 @@ from rankfit.cli.flower import (
     federation_config,
     flower_command,
 )
+from rankfit.cli.main import app
 from rankfit.configs.compose import compose, from_here, without_places
 from rankfit.configs.learning import _SYNONYMS, nearest
 from rankfit.configs.settings import ConfigError, known_keys, to_flat
 from rankfit.server.reporting import console
+from tests.conftest import ROOT
 
 
 def rankfit(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -222,3 +230,47 @@ def _bundle(app: Path, folder: Path) -> set[str]:
     )  # fmt: skip
     with zipfile.ZipFile(next(folder.glob("*.fab"))) as bundle:
         return {name for name in bundle.namelist() if not name.startswith(".info")}
+
+
+#: What takes long to import, and is not needed to say what a command does.
+HEAVY = ("torch", "transformers", "peft", "flwr", "ray", "accelerate", "datasets", "numpy")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom rankfit.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n"
+        "    print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "'typer'" in done.stderr and not [m for m in HEAVY if f"'{m}'" in done.stderr]
+
+
+def test_the_version() -> None:
+    for arguments in (["--version"], ["version"]):
+        done = CliRunner().invoke(app, arguments)
+        assert (done.exit_code, done.output) == (0, f"{__version__}\n")
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """Every command below a group with the words that call it."""
+    for name, command in group.commands.items():
+        yield " ".join((*path, name)), command
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+COMMANDS = dict(commands(get_command(app)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_an_example_that_it_understands(name: str) -> None:
+    command, epilog = COMMANDS[name], COMMANDS[name].epilog or ""
+    assert epilog.startswith(f"Example: rankfit {name}"), name
+    words = shlex.split(epilog.partition(" > ")[0].removeprefix("Example: rankfit "))
+    command.make_context(name, words[len(name.split()) :])  # raises where it is not understood
+    shown = CliRunner().invoke(app, [*name.split(), "--help"]).output
+    assert "Example: rankfit" in shown
