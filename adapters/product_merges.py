@@ -223,6 +223,7 @@ class Refactored(Merge):
 
     def finish(self) -> Adapter:
         """Return the inner merge's result, re-factorised."""
+        self._inner.threads = self.threads
         self._merged = self._inner.finish()
         return super().finish()
 

@@ -106,7 +106,7 @@ def main() -> None:
     start = reference(modules, generator)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     merge = MeanChange(start, 0)
-    merge.tolerance = options.tolerance
+    merge.tolerance, merge.threads = options.tolerance, options.threads
     adding, received, width = 0.0, 0, 0
     for client in range(options.clients):
         own = update(start, RANKS[client % len(RANKS)], generator)
