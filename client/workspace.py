@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankfit.adapters.threads import limit_process
 from rankfit.client.data_parallel import Group
 from rankfit.client.device import OwnMemory
 from rankfit.client.memory_meter import own_memory
@@ -309,5 +310,5 @@ class Workspace:
 @lru_cache(maxsize=1)
 def workspace(settings: RunSettings, data_path: str | None, policy: Policy) -> Workspace:
     """Return the workspace of this process for a run; another run replaces it."""
-    torch.set_num_threads(settings.train.threads)
+    limit_process(settings.train.threads)
     return Workspace(settings, data_path, policy)

@@ -422,6 +422,12 @@ class Server(Table):
     merge_device: Literal["cpu", "cuda"] = setting(
         "cpu", "Where products are merged: on the CPU, or on the server's first GPU."
     )
+    threads: Count = setting(
+        0,
+        "Modules that the server merges side by side, each with one thread (0 = as many as it may "
+        "use cores, by affinity and cgroup; never more). Results do not depend on it.",
+        unit="threads",
+    )
     average: Share = setting(
         0.0,
         "Decay of a moving average of the global adapter and head, which is then what is "

@@ -9,6 +9,7 @@ from torch import Tensor
 from rankfit.adapters.adapter import Adapter, Factors
 from rankfit.adapters.merge import Merge, ProductSum, refactor
 from rankfit.adapters.product_merges import fold, join
+from rankfit.adapters.threads import one_thread
 from rankfit.configs.settings import ConfigError, RunSettings, Server, derive
 
 Tensors = dict[str, Tensor]
@@ -87,6 +88,10 @@ class ServerUpdate:
 
     def __call__(self, merge: Merge) -> Adapter:
         """The next global adapter; nothing changes in a round without updates."""
+        with one_thread():
+            return self._next(merge)
+
+    def _next(self, merge: Merge) -> Adapter:
         merged = self.merged = merge.finish()
         self._steps += 1
         if merge.total > 0:

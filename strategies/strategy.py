@@ -379,7 +379,7 @@ class HeterogeneousLora(Strategy):
             # A method that re-factorises gives weak clients the strongest directions: so here.
             aligned = merge.aligned
             merge = vote(adapter, seed) if aligned else Refactored(adapter, seed, inner=vote)
-        merge.tolerance = server.merge_tolerance
+        merge.tolerance, merge.threads = server.merge_tolerance, server.threads
         if server.merge_device == "cuda":
             merge.device = training_device()
         return merge
