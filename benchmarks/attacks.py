@@ -62,10 +62,11 @@ BAD_TEXTS = (
     "", " ", "[/bold]", "[red]x", "\x1b[2J\x1b[31m", "a\nround 9/9, accuracy 1.0", "node-²",
     "\u202eabc", "<script>x</script>", "../../etc", "x" * 10**6, "\x00", "9" * 5000, "\ud800",
 )  # fmt: skip
-#: What the server writes beside a client's figures.
+#: What the server itself adds to a client's metrics, and what it writes beside them.
+OWN_FIGURES = ("expected-peak-bytes", "kept-free-bytes", "shortened")
 OWN_FIELDS = (
     "merged", "rank", "reason", "kind", "parameters", "upload-bytes", "download-bytes",
-    "expected-peak-bytes", "kept-free-bytes",
+    *OWN_FIGURES,
 )  # fmt: skip
 
 
@@ -118,9 +119,9 @@ class Arena:
         server, lengths = self.settings.server, []
 
         def measured(judge: Callable[..., Any]) -> Callable[..., Any]:
-            def judged(updates: Any, *rest: Any) -> Any:
+            def judged(clients: Any, updates: Any, *rest: Any) -> Any:
                 lengths.extend(length(own.given, own.trained) for own in updates)
-                return judge(updates, *rest)
+                return judge(clients, updates, *rest)
 
             return judged
 
@@ -425,7 +426,7 @@ def play_trainings(arena: Arena, every: int = 1) -> Iterator[Played]:
         assert own.merged or moved == 0, f"{name}: dropped, and yet the adapter moved by {moved}"
         assert moved <= arena.allowed, f"{name}: moved by {moved}, allowed are {arena.allowed}"
         assert all(bool(t.isfinite().all()) for t in adapter.state_dict().values()), name
-        assert set(own.metrics) <= {*replies.TRAINING, "expected-peak-bytes", "kept-free-bytes"}
+        assert set(own.metrics) <= {*replies.TRAINING, *OWN_FIGURES}
         assert own.reason.isprintable() and len(own.reason) <= 300, f"{name}: {own.reason!r}"
         json.dumps(dict(own.metrics), allow_nan=False)
         yield Played(group, name, own.kind or "merged", own.merged, moved, seconds, mib)

@@ -360,8 +360,8 @@ class Server(Table):
     )
     norm_limit: NonNegative = setting(
         5.0,
-        "Drop an update whose change, of its products or of its head, is longer than this many "
-        "medians of its round (0 = no limit).",
+        "Shorten a change, of an update's products or of its head, that is longer than this many "
+        "medians of its round, to the median (0 = no limit).",
         unit="medians",
     )
     max_weight_share: Annotated[float, Field(gt=0, le=1)] = setting(

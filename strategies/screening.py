@@ -106,31 +106,38 @@ class Screening:
             believed = min(believed, first)
         return replace(update, weight=believed)
 
-    def is_known(self, client: str) -> bool:
-        """Whether the server knows how many samples a client has."""
-        return client in self._known
-
     def judge(
-        self, updates: Sequence[Update], trainable: Trainable, known: Sequence[bool] = ()
+        self, clients: Sequence[str], updates: Sequence[Update], trainable: Trainable
     ) -> list[Judged]:
         """What comes of each of these updates of a round, in their order.
 
         Parameters
         ----------
+        clients : Sequence[str]
+            Whose update each of them is.
         trainable : {"both", "a", "b"}
             Which factors moved: changes of other ones are of other lengths.
-        known : Sequence[bool]
-            For each update, whether its weight is known to the server (empty = none is).
         """
         lengths = [length(update.given, update.trained) for update in updates]
         self._seen += lengths
         asked = list(self._seen)
         if len(asked) < FEW:
             asked += self._lengths.get(trainable, [])
-        judged = [self._limited(u, own, asked) for u, own in zip(updates, lengths, strict=True)]
+        judged = [
+            self._limited(client, update, own, asked)
+            for client, update, own in zip(clients, updates, lengths, strict=True)
+        ]
         kept = {place: one for place, one in enumerate(judged) if isinstance(one, Update)}
-        self._remember(trainable, [lengths[place] for place in kept])
-        sure = [bool(known) and known[place] for place in kept]
+        self._remember(
+            trainable,
+            [
+                lengths[place]
+                if one.trained is updates[place].trained
+                else length(one.given, one.trained)
+                for place, one in kept.items()
+            ],
+        )
+        sure = [clients[place] in self._known for place in kept]
         for place, one in zip(kept, self._weighted([*kept.values()], sure), strict=True):
             judged[place] = one
         return judged
@@ -151,8 +158,8 @@ class Screening:
             for trainable, found in state.get("lengths", {}).items()
         }
 
-    def _limited(self, update: Update, own: Length, asked: Sequence[Length]) -> Judged:
-        """An update whose change is not too long; shortened where that is the robust merge."""
+    def _limited(self, client: str, update: Update, own: Length, asked: Sequence[Length]) -> Judged:
+        """An update whose change is not too long: shortened to the median of the round if it is."""
         most = self._server.max_update_norm
         if most and max(own.factors, own.head) > most:
             return Refused(
@@ -165,18 +172,18 @@ class Screening:
         middle = Length(usual([o.factors for o in asked]), usual([o.head for o in asked]))
         if self._server.robust == "norm-clipping":
             return shortened(update, middle.factors, middle.head)
-        limit = self._server.norm_limit
-        for what, mine, median in (
-            ("factors", own.factors, middle.factors),
-            ("head", own.head, middle.head),
-        ):
+        limit, allowed = self._server.norm_limit, own
+        for part in ("factors", "head"):
+            mine, median = getattr(own, part), getattr(middle, part)
             if limit and median > 0 and mine > limit * median:
-                return Refused(
-                    "too long a change",
-                    f"the change of its {what} is {mine / median:.3g} times the median; "
-                    f"server.norm-limit is {limit:g}",
-                )
-        return update
+                log.warning(
+                    "client %s: the change of its %s is %.3g times the median and is shortened to "
+                    "it; server.norm-limit is %g", client, part, mine / median, limit,
+                )  # fmt: skip
+                allowed = replace(allowed, **{part: median})
+        if allowed is own:
+            return update
+        return shortened(update, allowed.factors, allowed.head)
 
     def _weighted(self, updates: Sequence[Update], known: Sequence[bool]) -> list[Judged]:
         """Updates at their weights: those that the robust merge chooses, capped, or as it says."""

@@ -213,15 +213,17 @@ class TrainingRound:
         ready = sorted(self._waiting, key=lambda own: Metric.RANK_CAP in own.metrics)
         self._waiting = []
         trainable = ready[0].assignment.plan.trainable if ready else "both"
-        known = [self._screening.is_known(own.assignment.client) for own in ready]
+        clients = [own.assignment.client for own in ready]
         updates = [own.update for own in ready]
         for own, judged in zip(
-            ready, self._screening.judge(updates, trainable, known), strict=True
+            ready, self._screening.judge(clients, updates, trainable), strict=True
         ):
             try:
                 if isinstance(judged, Refused):
                     raise judged
                 self._add(judged)
+                if judged.trained is not own.update.trained:
+                    own = replace(own, metrics={**own.metrics, "shortened": 1})
                 outcome = self._learn(own, judged)
             except Refused as refused:
                 outcome = _outcome(
