@@ -27,7 +27,7 @@ import psutil
 import tomli_w
 
 import rankfit
-from rankfit.configs.settings import RunSettings, to_flat
+from rankfit.configs.settings import TERMINAL_WIDTH, RunSettings, to_flat
 
 
 def marked(variable: str, mark: str) -> list[psutil.Process]:
@@ -93,9 +93,8 @@ def environment(threads: int) -> dict[str, str]:
     # are five times slower on two cores than with one.
     own = OFFLINE | {"OMP_NUM_THREADS": str(threads)}
     if sys.stdout.isatty():
-        own["COLUMNS"] = str(
-            shutil.get_terminal_size().columns
-        )  # the server has no terminal to ask
+        # The server has no terminal to ask.
+        own[TERMINAL_WIDTH] = str(shutil.get_terminal_size().columns)
     return own | dict(os.environ)
 
 

@@ -54,6 +54,9 @@ __all__ = [
     "to_flat",
 ]
 
+#: Environment variable by which `rankfit run` tells the server how wide the user's terminal is.
+#: ``COLUMNS`` itself is set to 80 by readline in whatever a Python with it starts.
+TERMINAL_WIDTH = "RANKFIT_COLUMNS"
 #: Names that ``run.report-to`` takes.
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 Scalar = str | int | float | bool

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankfit.configs.protocol import Metric
-from rankfit.configs.settings import Best, RunSettings
+from rankfit.configs.settings import TERMINAL_WIDTH, Best, RunSettings
 from rankfit.estimator.plan import Plan
 from rankfit.server.best import BestRound, where
 from rankfit.strategies.fleet import natural
@@ -34,9 +34,9 @@ _CLIENT_LINES = 16
 def console() -> Console:
     """Return a console on standard output, which Flower forwards.
 
-    It has no terminal to ask: ``rankfit run`` passes the width of the user's on in ``COLUMNS``.
+    It has no terminal to ask: ``rankfit run`` passes the width of the user's on.
     """
-    columns = os.environ.get("COLUMNS", "")
+    columns = os.environ.get(TERMINAL_WIDTH, "")
     width = max(int(columns), _LEAST_WIDTH) if columns.isdecimal() else WIDTH
     return Console(width=width, highlight=False, markup=False)
 

@@ -49,20 +49,20 @@ def test_a_large_round_is_cut_short() -> None:
 def test_the_width_is_the_terminals(
     columns: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("RANKFIT_COLUMNS", columns)
     assert console().width == width
 
 
 def test_the_servers_process_hears_the_width_of_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.delenv("RANKFIT_COLUMNS", raising=False)
     leader, terminal = pty.openpty()
     with open(terminal, "w") as screen, open(os.devnull, "w") as nothing:
         monkeypatch.setattr(sys, "stdout", nothing)
-        assert "COLUMNS" not in environment(1)
+        assert "RANKFIT_COLUMNS" not in environment(1)
         monkeypatch.setattr(sys, "stdout", screen)
-        assert environment(1)["COLUMNS"].isdecimal()
+        assert environment(1)["RANKFIT_COLUMNS"].isdecimal()
     os.close(leader)
 
 
