@@ -217,9 +217,11 @@ class Merge(ABC):
             return self.reference
         head = self._finish_head()
         modules = list(self.reference.factors)
-        factors = dict(
-            zip(modules, in_threads(self._finish_module, modules, self.threads), strict=True)
-        )
+        # A GPU runs one after the other anyway, and torch's linear algebra on it must not begin in
+        # two threads at once ("lazy wrapper should be called at most once").
+        threads = 1 if self.device.type == "cuda" else self.threads
+        done = in_threads(self._finish_module, modules, threads)
+        factors = dict(zip(modules, done, strict=True))
         return Adapter(factors, self.reference.scale, head)
 
     def residual(self) -> Adapter | None:
