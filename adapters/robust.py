@@ -166,9 +166,7 @@ def agreeing(updates: Sequence[Update]) -> list[int]:
     so that those who point against the majority go first, and no longer count for the others.
     Clients of few classes point aside, not against: they stay.
     """
-    gram = scaled_gram(updates)
-    norms = gram.diagonal().clamp(min=1e-300).sqrt()
-    cosines = (gram / norms[:, None] / norms[None, :]).fill_diagonal_(0.0)
+    cosines = _cosines(updates).fill_diagonal_(0.0)
     kept = list(range(len(updates)))
     while len(kept) > 2:
         sums = cosines[kept][:, kept].sum(dim=1)
@@ -177,6 +175,24 @@ def agreeing(updates: Sequence[Update]) -> list[int]:
             break
         del kept[least]
     return kept
+
+
+def agreement(updates: Sequence[Update]) -> list[float]:
+    """Cosine of each change to the sum of the others' directions, whatever their lengths."""
+    cosines = _cosines(updates)
+    found = []
+    for own in range(len(updates)):
+        others = [other for other in range(len(updates)) if other != own]
+        whole = float(cosines[others][:, others].sum())
+        found.append(float(cosines[own, others].sum()) / math.sqrt(max(whole, 1e-300)))
+    return found
+
+
+def _cosines(updates: Sequence[Update]) -> Tensor:
+    """Cosines of all pairs of changes, (n, n)."""
+    gram = scaled_gram(updates)
+    norms = gram.diagonal().clamp(min=1e-300).sqrt()
+    return gram / norms[:, None] / norms[None, :]
 
 
 def geometric_median(updates: Sequence[Update]) -> list[float]:

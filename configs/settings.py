@@ -363,8 +363,9 @@ class Server(Table):
     )
     norm_limit: NonNegative = setting(
         5.0,
-        "Shorten a change, of an update's products or of its head, that is longer than this many "
-        "medians of its round, to the median (0 = no limit).",
+        "A change, of an update's products or of its head, that is longer than this many medians "
+        "of its round is shortened to the median where it points as the others do, else dropped "
+        "(0 = no limit).",
         unit="medians",
     )
     max_weight_share: Annotated[float, Field(gt=0, le=1)] = setting(

@@ -22,6 +22,7 @@ from rankfit.adapters.names import Trainable
 from rankfit.adapters.robust import (
     Length,
     agreeing,
+    agreement,
     geometric_median,
     krum,
     length,
@@ -123,10 +124,11 @@ class Screening:
         asked = list(self._seen)
         if len(asked) < FEW:
             asked += self._lengths.get(trainable, [])
-        judged = [
-            self._limited(client, update, own, asked)
-            for client, update, own in zip(clients, updates, lengths, strict=True)
-        ]
+        judged = self._without_strays(
+            clients,
+            updates,
+            [self._limited(u, own, asked) for u, own in zip(updates, lengths, strict=True)],
+        )
         kept = {place: one for place, one in enumerate(judged) if isinstance(one, Update)}
         self._remember(
             trainable,
@@ -158,7 +160,7 @@ class Screening:
             for trainable, found in state.get("lengths", {}).items()
         }
 
-    def _limited(self, client: str, update: Update, own: Length, asked: Sequence[Length]) -> Judged:
+    def _limited(self, update: Update, own: Length, asked: Sequence[Length]) -> Judged:
         """An update whose change is not too long: shortened to the median of the round if it is."""
         most = self._server.max_update_norm
         if most and max(own.factors, own.head) > most:
@@ -176,14 +178,42 @@ class Screening:
         for part in ("factors", "head"):
             mine, median = getattr(own, part), getattr(middle, part)
             if limit and median > 0 and mine > limit * median:
-                log.warning(
-                    "client %s: the change of its %s is %.3g times the median and is shortened to "
-                    "it; server.norm-limit is %g", client, part, mine / median, limit,
-                )  # fmt: skip
                 allowed = replace(allowed, **{part: median})
         if allowed is own:
             return update
         return shortened(update, allowed.factors, allowed.head)
+
+    def _without_strays(
+        self, clients: Sequence[str], updates: Sequence[Update], limited: Sequence[Judged]
+    ) -> list[Judged]:
+        """Shortened changes stay where they point as those of the others do, and are else refused.
+
+        One that does is a client with more steps or another rate; one that does not would harm at
+        any length.
+        """
+        usual_ones = [p for p, own in enumerate(updates) if limited[p] is own]
+        found = list(limited)
+        if len(usual_ones) == len(updates) or self._server.robust == "norm-clipping":
+            return found
+        pointing = agreement(updates)
+        least = usual([pointing[p] for p in usual_ones]) / 2 if len(usual_ones) > 2 else math.inf
+        for place, one in enumerate(limited):
+            if place in usual_ones or isinstance(one, Refused):
+                continue
+            limit = self._server.norm_limit
+            if pointing[place] < least:
+                found[place] = Refused(
+                    "too long a change",
+                    f"its change is longer than {limit:g} medians of the round "
+                    "(server.norm-limit), and points elsewhere than those of the others",
+                )
+            else:
+                log.warning(
+                    "client %s: its change is longer than %g medians of the round; it points as "
+                    "those of the others do, and is shortened to the median",
+                    clients[place], limit,
+                )  # fmt: skip
+        return found
 
     def _weighted(self, updates: Sequence[Update], known: Sequence[bool]) -> list[Judged]:
         """Updates at their weights: those that the robust merge chooses, capped, or as it says."""

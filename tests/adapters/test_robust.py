@@ -13,6 +13,7 @@ from rankfit.adapters.product_merges import Refactored
 from rankfit.adapters.robust import (
     Vote,
     agreeing,
+    agreement,
     distances,
     geometric_median,
     grams,
@@ -141,6 +142,9 @@ def test_those_who_agree_by_the_cosines_of_dense_changes() -> None:
             break
         del left[sums.index(min(sums))]
     assert kept == left and 2 <= len(kept) < 7
+    others = [stacked.sum(0) - stacked[i] for i in range(7)]
+    expected = [float(stacked[i] @ o / o.norm()) for i, o in enumerate(others)]
+    assert agreement(updates) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_geometric_median_is_where_the_distances_add_up_to_least() -> None:

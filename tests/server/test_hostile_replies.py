@@ -39,7 +39,7 @@ def test_no_hostile_update_costs_more_than_itself(arena: Arena) -> None:
     assert max(p.seconds for p in played) < 5
     refused = Counter(p.kind for p in played if not p.merged)
     for kind in ("bad figure", "bad arrays", "wrong names", "not finite", "too large",
-                 "wrong round", "client error", "no answer"):  # fmt: skip
+                 "too long a change", "wrong round", "client error", "no answer"):  # fmt: skip
         assert refused[kind], f"no attack was refused as {kind}: {refused}"
 
 
@@ -104,10 +104,10 @@ def test_a_run_under_attack_goes_on_and_says_what_it_refused(
     )
     assert first["partition-0"]["merged"] and first["partition-0"]["num-examples"] < 10**3
     assert first["partition-1"]["merged"] and second["partition-1"]["kind"] == "wrong round"
-    assert second["partition-2"]["merged"] and second["partition-2"]["shortened"] == 1
+    assert second["partition-2"]["kind"] == "too long a change"
     assert second["partition-3"]["merged"] and "reason" not in second["partition-3"]
     shown = capsys.readouterr().out
-    assert "updates were merged; not: 1 × wrong round" in shown
+    assert "updates were merged; not: 2 × too long a change, 1 × wrong round" in shown
     assert "\x1b[2J" not in shown
 
 
