@@ -175,7 +175,7 @@ def _print(result: Mapping[str, Any]) -> None:
         table.add_row(part, *(_shown(variants[n]["parts-seconds"][part]) for n in VARIANTS))
     console.print(table)
     memory = Table("resident MiB (proportional)", *VARIANTS, title=f"{title}: largest memory")
-    for kind in ("SuperNode", "SuperExec", "worker_proxy", "worker"):
+    for kind in ("SuperNode", "SuperExec", "worker proxy", "worker"):
         row = [
             f"{variants[n]['rss-mib'][kind]} ({variants[n]['pss-mib'][kind]})"
             if kind in variants[n]["rss-mib"]

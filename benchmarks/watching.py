@@ -18,7 +18,7 @@ from tests.processes.workers import Federation
 #: Names of processes by what their command line holds.
 _KINDS = {
     "rankfit.client.worker_process": "worker",
-    "flwr-clientapp": "worker_proxy",
+    "flwr-clientapp": "worker proxy",
     "flower-superexec": "SuperExec",
     "flower-supernode": "SuperNode",
 }
@@ -209,7 +209,7 @@ def _messages(watch: Watch, node: str) -> dict[int, dict[str, float]]:
 
 def _created(watch: Watch, node: str, after: float, before: float) -> float | None:
     """When the message's process was created."""
-    mine = [s for s in watch.seen.values() if s.kind == "worker_proxy" and s.node == node]
+    mine = [s for s in watch.seen.values() if s.kind == "worker proxy" and s.node == node]
     times = [s.created for s in mine]
     inside = [moment for moment in times if after - 0.2 <= moment <= before + 0.2]
     return min(inside) if inside else None

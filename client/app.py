@@ -1,4 +1,4 @@
-"""The Flower ClientApp: a thin worker_proxy between Flower and what trains.
+"""The Flower ClientApp: a thin layer between Flower and what trains.
 
 Flower's deployment starts a process for every message, and importing torch would cost each of them
 seconds: there, a worker does the work and this process imports no torch. A simulation's processes

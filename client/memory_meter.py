@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rankfit.client.device import OwnMemory
 from rankfit.client.nvml import process_bytes
+from rankfit.estimator.calibration import Calibration
 from rankfit.estimator.recording import LiveMemory
 
 #: What NVML counts for a process is a multiple of it.
@@ -28,38 +29,40 @@ def own_memory(device: torch.device) -> OwnMemory:
     return OwnMemory(os.getpid(), held, context)
 
 
+def outside_bytes(device: torch.device, group_size: int = 1) -> int:
+    """What this process takes of a GPU outside of torch's allocator: measured, or assumed."""
+    known = own_memory(device).context_bytes
+    return known if known >= 0 else Calibration.cuda(group_size=group_size).outside
+
+
 @contextmanager
-def allocator_limit(
-    device: torch.device, cap_bytes: int | None, later_bytes: int | None, outside_bytes: int
-) -> Iterator[None]:
-    """Keep torch's allocator on a GPU within a cap, and afterwards within another.
+def allocator_limit(device: torch.device, most: int | None, later: int | None) -> Iterator[None]:
+    """Keep torch's allocator on a GPU within so many bytes, and afterwards within others.
 
     At its limit the allocator gives back the segments that hold nothing, and only then raises
     ``OutOfMemoryError``: what texts of many lengths leave unused does not pile up.
 
     Parameters
     ----------
-    cap_bytes, later_bytes : int or None
-        What the process may take in all, within and after (None = all of the GPU).
-    outside_bytes : int
-        What of it is for what lies outside of the allocator (CUDA's context, NCCL's buffers).
+    most, later : int or None
+        Bytes that it may reserve, within and after (None = all of the GPU).
     """
     if device.type != "cuda":
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
 
-    def limit(most: int | None) -> None:
-        allowed = total if most is None else max(most - outside_bytes, 0)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+    def limit(allowed: int | None) -> None:
+        share = 1.0 if allowed is None else min(1.0, max(allowed, 0) / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
 
     # What an earlier client of this process left in the cache is not this one's.
     torch.cuda.empty_cache()
-    limit(cap_bytes)
+    limit(most)
     try:
         yield
     finally:
-        limit(later_bytes)
+        limit(later)
 
 
 class CudaMeter:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from rankfit.adapters.adapter import Adapter
 from rankfit.adapters.names import WHOLE, Rates
-from rankfit.client.memory_meter import allocator_limit, meter_of
+from rankfit.client.memory_meter import allocator_limit, meter_of, outside_bytes
 from rankfit.client.policy import NotAllowed
 from rankfit.client.regularizers import (
     Penalty,
@@ -304,9 +304,7 @@ def _attempt(
         parameters = _trained_parameters(model)
         decay = _rank_decay(settings, plan, parameters)
         penalties = [*_proximal(settings, given, parameters), *decay]
-        limit = allocator_limit(
-            workspace.device, _most(workspace, job, plan), job.cap_bytes, plan.outside_bytes
-        )
+        limit = allocator_limit(workspace.device, *_allocator_bytes(workspace, job, plan))
         with checkpointing(base, plan.checkpointing), limit:
             metrics = _fit(workspace, job, plan, model, parameters, penalties)
         trained = {n: t.detach().cpu().clone() for n, t in read_state(model).items()}
@@ -324,11 +322,21 @@ def _attempt(
             torch.compiler.reset()  # or the compiled step would keep this adapter's modules
 
 
-def _most(workspace: Workspace, job: Job, plan: Plan) -> int | None:
-    """Most bytes of the device that a training may take: what is planned, as far as that goes."""
+def _allocator_bytes(workspace: Workspace, job: Job, plan: Plan) -> tuple[int | None, int | None]:
+    """Bytes for torch's allocator: what is planned, as far as that goes, and the most (None = all).
+
+    What lies outside of it is the plan's word for the plan, and this process's own measure for the
+    cap: a server cannot talk a node out of its limit.
+    """
+    if workspace.device.type != "cuda":
+        return None, None
+    most = job.cap_bytes
+    if most is not None:
+        most -= outside_bytes(workspace.device, workspace.group.size)
     if not workspace.keeps_to_plan or not plan.outside_bytes:
-        return job.cap_bytes
-    return plan.peak_bytes if job.cap_bytes is None else min(plan.peak_bytes, job.cap_bytes)
+        return most, most
+    planned = plan.peak_bytes - plan.outside_bytes
+    return (planned if most is None else min(planned, most)), most
 
 
 def _scores(workspace: Workspace, job: Job, model: PeftModel) -> dict[str, float]:

@@ -46,6 +46,40 @@ def test_every_update_of_a_gpu_is_merged_within_its_plan(on, tmp_path, mib, over
             assert own["peak-memory-bytes"] <= 1.05 * own["expected-peak-bytes"]
 
 
+LIMITS = """
+import json
+from types import SimpleNamespace
+import torch
+from rankfit.client.trainer import _allocator_bytes
+device = torch.device("cuda", 0)
+torch.empty(1, device=device)
+found = []
+for keeps, cap, peak, outside in json.loads(CASES):
+    workspace = SimpleNamespace(
+        device=device, group=SimpleNamespace(size=1), keeps_to_plan=keeps
+    )
+    plan = SimpleNamespace(peak_bytes=peak, outside_bytes=outside)
+    found.append(_allocator_bytes(workspace, SimpleNamespace(cap_bytes=cap), plan))
+print(json.dumps(found))
+"""
+
+
+def test_no_plan_talks_a_node_out_of_its_own_limit(on):
+    """600 MiB are allowed, of which the context takes 470; what plans claim comes below that."""
+    mib, cases = 2**20, []
+    for keeps, cap, peak, outside in (
+        (True, 600, 550, 470), (False, 600, 550, 470), (True, None, 550, 470),
+        (True, 600, 550, -(10**6)), (True, 600, 10**6, 1), (True, 600, 550, 0),
+    ):  # fmt: skip
+        cases.append((keeps, None if cap is None else cap * mib, peak * mib, outside * mib))
+    program = LIMITS.replace("CASES", repr(json.dumps(cases)))
+    found = json.loads(on(program, Gpu(8192, "8.9", context_mib=470)).splitlines()[-1])
+    most = 130 * mib
+    assert found == [
+        [80 * mib, most], [most, most], [80 * mib, None], [most, most], [most, most], [most, most],
+    ]  # fmt: skip
+
+
 def test_losses_and_accuracies_are_those_of_a_cpu(on, tmp_path):
     """What the stub computes in full is what the CPU computes, step by step."""
     few = ["train.steps=2", "data.test-samples=60", "server.diagnostics=false"]
